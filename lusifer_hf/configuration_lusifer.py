@@ -1,0 +1,128 @@
+"""LUSIFER configuration: two towers, the connector between them, pooling, and the prompt templates."""
+
+from typing import Literal, get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+Connector = Literal["ff", "embedding_table"]
+Pooling = Literal["mean", "weightedmean", "cls", "lasttoken"]
+AddedTokenPositions = Literal["contiguous", "after_padding"]
+
+# Prefixes: every text is embedded as `prefix + text`, so the same strings serve sentence-transformers and mteb.
+# "research" is the exact formatting of the published code, which keeps its "." after an empty instruction.
+PROMPT_TEMPLATES = {
+    "default": {"query": "{instruction}\n", "document": "{instruction} Candidate:\n"},
+    "research": {"query": "{instruction}.\n", "document": "{instruction}. Candidate:\n"},
+}
+
+
+class LusiferConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`LusiferModel`] (arXiv 2501.00874): `encoder -> connector -> llm -> pooling -> projection`.
+
+    Args:
+        encoder_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `XLMRobertaConfig()`):
+            The multilingual encoder: any encoder that `AutoModelForTextEncoding` or `AutoModel` knows.
+        llm_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `MistralConfig()`):
+            The English-centric decoder, run bidirectionally: any decoder that honours `is_causal=False`.
+        connector (`str`, *optional*, defaults to `"ff"`):
+            `"ff"` maps the encoder's states by Linear-ReLU-Linear; `"embedding_table"` maps them to a softmax over the
+            LLM's vocabulary that weighs the LLM's input embeddings.
+        num_added_tokens (`int`, *optional*, defaults to 1):
+            Number of trainable tokens appended to every sequence.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`, `"weightedmean"` (weights 1..k), `"cls"` (first token) or `"lasttoken"`, over the LLM's last hidden
+            states, added tokens included.
+        projection (`bool`, *optional*, defaults to `True`):
+            Whether the pooled states pass Linear-ReLU-Linear.
+        added_token_positions (`str`, *optional*, defaults to `"contiguous"`):
+            `"contiguous"`: the added tokens follow the last real token, so an embedding does not depend on its batch.
+            `"after_padding"`: they take the positions after the padded length, as the research code places them.
+        alignment_attention (`str`, *optional*, defaults to `"bidirectional"`):
+            Attention of the LLM in stage 1: `"bidirectional"` (the published recipe) or `"prefix_lm"`.
+        prompt_template (`str`, *optional*, defaults to `"default"`):
+            Name of the formatting of instructions, a key of `PROMPT_TEMPLATES`.
+        default_instruction (`str`, *optional*):
+            The instruction of `encode_query` and `encode_document` when none is given.
+    """
+
+    model_type = "lusifer"
+    sub_configs = {"encoder_config": AutoConfig, "llm_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    llm_config: dict | PreTrainedConfig | None = None
+    connector: str = "ff"
+    num_added_tokens: int = 1
+    pooling: str = "mean"
+    projection: bool = True
+    added_token_positions: str = "contiguous"
+    alignment_attention: str = "bidirectional"
+    prompt_template: str = "default"
+    default_instruction: str = "Given a web search query, retrieve relevant passages that answer the query:"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.encoder_config = _as_config(self.encoder_config, "xlm-roberta")
+        self.llm_config = _as_config(self.llm_config, "mistral").get_text_config(decoder=True)
+        self.llm_config.is_causal = False
+        super().__post_init__(**kwargs)
+        # Never the "repo--module" form of a model that was loaded from the Hub: a saved folder must load on its own.
+        self.auto_map = {
+            "AutoConfig": "configuration_lusifer.LusiferConfig",
+            "AutoModel": "modeling_lusifer.LusiferModel",
+            "AutoModelForPreTraining": "modeling_lusifer.LusiferForAlignment",
+        }
+        self.validate_fields()
+
+    def validate_fields(self):
+        """Raise a `ValueError` that names the field, its value and the choices."""
+        choices = {
+            "connector": get_args(Connector),
+            "pooling": get_args(Pooling),
+            "added_token_positions": get_args(AddedTokenPositions),
+            "alignment_attention": ("bidirectional", "prefix_lm"),
+            "prompt_template": tuple(PROMPT_TEMPLATES),
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+        if self.num_added_tokens < 0:
+            raise ValueError(f"num_added_tokens={self.num_added_tokens} must be 0 or more.")
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the embedding, which sentence-transformers reads from here."""
+        return self.llm_config.hidden_size
+
+    def get_text_config(self, decoder=None, encoder=None):
+        return self.llm_config
+
+    def prompt(self, prompt_name: str | None = None, instruction: str | None = None) -> str:
+        """
+        The prefix that `model.encode`, sentence-transformers and mteb put before a text.
+
+        Args:
+            prompt_name (`str`, *optional*):
+                `"query"` or `"document"`; with an instruction alone, `"query"`; with neither there is no prefix.
+            instruction (`str`, *optional*, defaults to `default_instruction`):
+                What the embedding is for, in English.
+        """
+        if prompt_name is None and instruction is None:
+            return ""
+        templates = PROMPT_TEMPLATES[self.prompt_template]
+        name = "query" if prompt_name is None else prompt_name
+        if name not in templates:
+            raise ValueError(f"prompt_name={prompt_name!r} is not one of {', '.join(map(repr, templates))}.")
+        return templates[name].format(instruction=self.default_instruction if instruction is None else instruction)
+
+
+def _as_config(config: dict | PreTrainedConfig | None, default_model_type: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = dict(config or {})
+    return AutoConfig.for_model(fields.pop("model_type", default_model_type), **fields)
+
+
+LusiferConfig.register_for_auto_class()
