@@ -39,8 +39,6 @@ class LusiferConfig(PreTrainedConfig):
         added_token_positions (`str`, *optional*, defaults to `"contiguous"`):
             `"contiguous"`: the added tokens follow the last real token, so an embedding does not depend on its batch.
             `"after_padding"`: they take the positions after the padded length, as the research code places them.
-        alignment_attention (`str`, *optional*, defaults to `"bidirectional"`):
-            Attention of the LLM in stage 1: `"bidirectional"` (the published recipe) or `"prefix_lm"`.
         prompt_template (`str`, *optional*, defaults to `"default"`):
             Name of the formatting of instructions, a key of `PROMPT_TEMPLATES`.
         default_instruction (`str`, *optional*):
@@ -57,7 +55,6 @@ class LusiferConfig(PreTrainedConfig):
     pooling: str = "mean"
     projection: bool = True
     added_token_positions: str = "contiguous"
-    alignment_attention: str = "bidirectional"
     prompt_template: str = "default"
     default_instruction: str = "Given a web search query, retrieve relevant passages that answer the query:"
     initializer_range: float = 0.02
@@ -72,7 +69,6 @@ class LusiferConfig(PreTrainedConfig):
         self.auto_map = {
             "AutoConfig": "configuration_lusifer.LusiferConfig",
             "AutoModel": "modeling_lusifer.LusiferModel",
-            "AutoModelForPreTraining": "modeling_lusifer.LusiferForAlignment",
         }
         self.validate_fields()
 
@@ -82,7 +78,6 @@ class LusiferConfig(PreTrainedConfig):
             "connector": get_args(Connector),
             "pooling": get_args(Pooling),
             "added_token_positions": get_args(AddedTokenPositions),
-            "alignment_attention": ("bidirectional", "prefix_lm"),
             "prompt_template": tuple(PROMPT_TEMPLATES),
         }
         for name, allowed in choices.items():

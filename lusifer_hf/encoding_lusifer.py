@@ -38,6 +38,8 @@ class RepositoryMixin:
     # Arguments of `AutoTokenizer.from_pretrained`; None for a model that was not loaded from anywhere.
     tokenizer_source: dict | None = None
     llm_tokenizer_source: dict | None = None
+    # Tensors of a freshly composed or converted model that only its first saved folder holds.
+    lm_head_to_save: dict[str, torch.Tensor] | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -45,7 +47,9 @@ class RepositoryMixin:
         """The encoder's tokenizer, loaded on first use from where the weights came from."""
         if self._tokenizer is None:
             if self.tokenizer_source is None:
-                raise ValueError(f"This model was not loaded from a repository, so it has no tokenizer. {_SET_TOKENIZER}")
+                raise ValueError(
+                    f"This model was not loaded from a repository, so it has no tokenizer. {_SET_TOKENIZER}"
+                )
             try:
                 # Text that spells a special token, such as "</s>", is text.
                 tokenizer = AutoTokenizer.from_pretrained(**self.tokenizer_source, split_special_tokens=True)
@@ -63,6 +67,8 @@ class RepositoryMixin:
     def save_pretrained(self, save_directory, is_main_process=True, push_to_hub=False, **kwargs):
         """As [`~PreTrainedModel.save_pretrained`], and the tokenizers, sentence-transformers' files and the card."""
         hub = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+        if self.lm_head_to_save is not None and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = {**self.state_dict(), **self.lm_head_to_save}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
@@ -222,11 +228,15 @@ class EncodingMixin:
         max_length = self.tokenizer.model_max_length if max_length is None else max_length
         limit = self.max_positions
         if limit is not None and max_length > limit:
-            logger.warning_once(f"max_length={max_length} is cut to the {limit} tokens that the model has positions for.")
+            logger.warning_once(
+                f"max_length={max_length} is cut to the {limit} tokens that the model has positions for."
+            )
             max_length = limit
         used = len(self.tokenizer(prefix)["input_ids"])
         if used >= max_length:
-            raise ValueError(f"max_length={max_length} leaves no room for text beside {used} tokens of prompt: raise it.")
+            raise ValueError(
+                f"max_length={max_length} leaves no room for text beside {used} tokens of prompt: raise it."
+            )
         return prefix, max_length
 
 

@@ -11,6 +11,7 @@ tower that runs "packed" (the default wherever the backbone allows it) the N kep
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -196,80 +197,13 @@ class LusiferConnector(nn.Module):
         return weights @ embed_tokens.weight * getattr(embed_tokens, "embed_scale", 1.0)
 
 
-class LusiferPreTrainedModel(RepositoryMixin, PreTrainedModel):
+class LusiferPreTrainedModel(PreTrainedModel):
     config_class = LusiferConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        As [`~PreTrainedModel.from_pretrained`], but weights that do not fit the config, and an LLM that stays causal,
-        are errors instead of a model that embeds wrongly.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        source = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        model.tokenizer_source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **source}
-        misfits = [f"{kind}: {', '.join(sorted(info[kind])[:5])}" for kind in _MISFITS if info[kind]]
-        if misfits and not kwargs.get("ignore_mismatched_sizes"):
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(misfits)}). "
-                "Take config.json and the weights from one save."
-            )
-        model.base_model.check_bidirectional()
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def from_backbones(
-        cls,
-        encoder: str,
-        llm: str,
-        *,
-        dtype: str | torch.dtype = "auto",
-        attn_implementation: str | dict | None = None,
-        seed: int | None = None,
-        **config_fields,
-    ):
-        """
-        Compose pretrained backbones with a fresh connector and projection.
-
-        Args:
-            encoder (`str`):
-                Hub id or folder of the multilingual encoder.
-            llm (`str`):
-                Hub id or folder of the decoder LLM.
-            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-                Of the whole model; `"auto"` is the one that the LLM's weights are stored in.
-            seed (`int`, *optional*):
-                Makes the connector, the added tokens and the projection reproducible.
-            config_fields:
-                Fields of [`LusiferConfig`], such as `num_added_tokens=0`.
-        """
-        causal_lm = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype)
-        encoder_config = AutoConfig.from_pretrained(encoder)
-        encoder_model = _encoder_class(encoder_config).from_pretrained(encoder, dtype=causal_lm.dtype)
-        decoder = causal_lm.get_decoder()
-        config = LusiferConfig(encoder_config=encoder_model.config, llm_config=decoder.config, **config_fields)
-        config._attn_implementation = attn_implementation
-        with torch.device("meta"):
-            model = cls._from_config(config, dtype=causal_lm.dtype)
-        fresh = model._adopt_backbones(encoder_model, decoder, causal_lm.get_output_embeddings())
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            for part in fresh:
-                part.to_empty(device="cpu").apply(model._init_weights)
-        model.tokenizer_source = {"pretrained_model_name_or_path": encoder}
-        model.llm_tokenizer_source = {"pretrained_model_name_or_path": llm}
-        model.eval()
-        model.base_model.check_bidirectional()
-        return model
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -278,7 +212,7 @@ class LusiferPreTrainedModel(RepositoryMixin, PreTrainedModel):
             init.normal_(module.added_tokens, mean=0.0, std=self.config.initializer_range)
 
 
-class LusiferModel(EncodingMixin, LusiferPreTrainedModel):
+class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
     """
     Multilingual text embeddings from an encoder, a connector and an LLM run bidirectionally.
 
@@ -309,12 +243,87 @@ class LusiferModel(EncodingMixin, LusiferPreTrainedModel):
         self._first_position = _first_position(self.encoder)
         self.post_init()
 
-    def _adopt_backbones(self, encoder: PreTrainedModel, llm: PreTrainedModel, lm_head: nn.Module) -> list[nn.Module]:
-        """Take over loaded towers; returns the parts that still have no values."""
-        if hasattr(encoder, "pooler"):
-            encoder.pooler = None
-        self.encoder, self.llm = encoder, llm
-        return [self.connector, *([self.projection] if self.config.projection else [])]
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As [`~PreTrainedModel.from_pretrained`], but weights that do not fit the config, and an LLM that stays causal,
+        are errors instead of a model that embeds wrongly.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model.tokenizer_source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **source}
+        misfits = [f"{kind}: {', '.join(sorted(info[kind])[:5])}" for kind in _MISFITS if info[kind]]
+        if misfits and not kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(misfits)}). "
+                "Take config.json and the weights from one save."
+            )
+        model.check_bidirectional()
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_backbones(
+        cls,
+        encoder: str,
+        llm: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | dict | None = None,
+        seed: int | None = None,
+        **config_fields,
+    ) -> "LusiferModel":
+        """
+        Compose two pretrained backbones with a fresh connector and projection.
+
+        The LLM's LM head, which the alignment stage needs, is written by the first `save_pretrained` and by that alone.
+
+        Args:
+            encoder (`str`):
+                Hub id or folder of the multilingual encoder.
+            llm (`str`):
+                Hub id or folder of the decoder LLM.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+                Of the whole model; `"auto"` is the dtype that the LLM's weights are stored in.
+            attn_implementation (`str` or `dict`, *optional*):
+                As in `from_pretrained`.
+            seed (`int`, *optional*):
+                Makes the connector, the added tokens and the projection reproducible.
+            config_fields:
+                Fields of [`LusiferConfig`], such as `num_added_tokens=0`.
+        """
+        LusiferConfig(**config_fields)  # a wrong field is reported before gigabytes are read
+        causal_lm = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype)
+        encoder_config = AutoConfig.from_pretrained(encoder)
+        encoder_model = _encoder_class(encoder_config).from_pretrained(encoder, dtype=causal_lm.dtype)
+        decoder = causal_lm.get_decoder()
+        for tower, name in ((encoder_model, encoder), (decoder, llm)):
+            tower.config.name_or_path = Path(name).name if Path(name).exists() else name
+        config = LusiferConfig(encoder_config=encoder_model.config, llm_config=decoder.config, **config_fields)
+        config._attn_implementation = attn_implementation
+        with torch.device("meta"):
+            model = cls._from_config(config, dtype=causal_lm.dtype)
+
+        model.encoder, model.llm = encoder_model, decoder
+        if hasattr(encoder_model, "pooler"):
+            encoder_model.pooler = None
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for fresh in [model.connector, *([model.projection] if config.projection else [])]:
+                fresh.to_empty(device="cpu").apply(model._init_weights)
+        # Not a submodule: embedding never needs it. A copy, since some LLMs tie it to their input embeddings.
+        lm_head = causal_lm.get_output_embeddings()
+        model.lm_head_to_save = {f"lm_head.{name}": tensor.clone() for name, tensor in lm_head.state_dict().items()}
+        model.tokenizer_source = {
+            "pretrained_model_name_or_path": encoder,
+            "model_max_length": min(512, model.max_positions or 512),
+        }
+        model.llm_tokenizer_source = {"pretrained_model_name_or_path": llm}
+        model.check_bidirectional()
+        return model.eval()
 
     @torch.no_grad()
     def check_bidirectional(self):
@@ -471,7 +480,9 @@ def _build_tower(auto_class, config) -> PreTrainedModel:
     """A backbone without weights; packed if nothing else was asked for and transformers would run it on SDPA."""
     requested = config._attn_implementation
     tower = auto_class.from_config(config)
-    takes_segments = tower._supports_attention_backend and "position_ids" in inspect.signature(tower.forward).parameters
+    takes_segments = (
+        tower._supports_attention_backend and "position_ids" in inspect.signature(tower.forward).parameters
+    )
     if requested is None and takes_segments and tower.config._attn_implementation == "sdpa":
         tower.set_attn_implementation("packed")
     return tower
@@ -480,7 +491,11 @@ def _build_tower(auto_class, config) -> PreTrainedModel:
 def _first_position(encoder: nn.Module) -> int:
     """RoBERTa's family numbers positions from padding_idx + 1, everything else from 0."""
     for name, module in encoder.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
             return module.padding_idx + 1
     return 0
 

@@ -1,0 +1,177 @@
+"""A tiny LUSIFER in a minute, on any machine: composed from backbones made on the spot, loaded in three ways."""
+
+import logging
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# The same three sentences in the paper's 14 languages, written for this package.
+SENTENCES = {
+    "en": [
+        "The train to the sea leaves at seven every morning.",
+        "Our neighbour grows tomatoes on her balcony.",
+        "How long does it take to learn a new language?",
+    ],
+    "es": [
+        "El tren hacia el mar sale a las siete todas las mañanas.",
+        "Nuestra vecina cultiva tomates en su balcón.",
+        "¿Cuánto tiempo se tarda en aprender un idioma nuevo?",
+    ],
+    "ru": [
+        "Поезд к морю отправляется каждое утро в семь часов.",
+        "Наша соседка выращивает помидоры на балконе.",
+        "Сколько времени нужно, чтобы выучить новый язык?",
+    ],
+    "fr": [
+        "Le train pour la mer part tous les matins à sept heures.",
+        "Notre voisine cultive des tomates sur son balcon.",
+        "Combien de temps faut-il pour apprendre une nouvelle langue ?",
+    ],
+    "vi": [
+        "Chuyến tàu ra biển khởi hành lúc bảy giờ mỗi sáng.",
+        "Cô hàng xóm của chúng tôi trồng cà chua trên ban công.",
+        "Mất bao lâu để học một ngôn ngữ mới?",
+    ],
+    "fa": [
+        "قطار دریا هر روز صبح ساعت هفت حرکت می‌کند.",
+        "همسایهٔ ما در بالکن خانه‌اش گوجه‌فرنگی پرورش می‌دهد.",
+        "یاد گرفتن یک زبان تازه چقدر طول می‌کشد؟",
+    ],
+    "id": [
+        "Kereta ke laut berangkat pukul tujuh setiap pagi.",
+        "Tetangga kami menanam tomat di balkonnya.",
+        "Berapa lama waktu yang dibutuhkan untuk belajar bahasa baru?",
+    ],
+    "ar": [
+        "يغادر القطار المتجه إلى البحر في السابعة من كل صباح.",
+        "تزرع جارتنا الطماطم في شرفتها.",
+        "كم من الوقت يستغرق تعلم لغة جديدة؟",
+    ],
+    "fi": [
+        "Juna merelle lähtee joka aamu kello seitsemän.",
+        "Naapurimme kasvattaa tomaatteja parvekkeellaan.",
+        "Kuinka kauan uuden kielen oppiminen kestää?",
+    ],
+    "ko": [
+        "바다로 가는 기차는 매일 아침 일곱 시에 출발합니다.",
+        "우리 이웃은 발코니에서 토마토를 키웁니다.",
+        "새로운 언어를 배우는 데 얼마나 걸리나요?",
+    ],
+    "hi": [
+        "समुद्र की ओर जाने वाली ट्रेन हर सुबह सात बजे निकलती है।",
+        "हमारी पड़ोसन अपनी बालकनी में टमाटर उगाती है।",
+        "नई भाषा सीखने में कितना समय लगता है?",
+    ],
+    "bn": [
+        "সমুদ্রের ট্রেনটি প্রতিদিন সকাল সাতটায় ছাড়ে।",
+        "আমাদের প্রতিবেশী তার বারান্দায় টমেটো চাষ করেন।",
+        "একটি নতুন ভাষা শিখতে কত সময় লাগে?",
+    ],
+    "te": [
+        "సముద్రానికి వెళ్ళే రైలు ప్రతి ఉదయం ఏడు గంటలకు బయలుదేరుతుంది.",
+        "మా పొరుగామె తన బాల్కనీలో టమాటాలు పెంచుతుంది.",
+        "కొత్త భాష నేర్చుకోవడానికి ఎంత సమయం పడుతుంది?",
+    ],
+    "sw": [
+        "Treni ya kwenda baharini huondoka saa moja kila asubuhi.",
+        "Jirani yetu hulima nyanya kwenye roshani yake.",
+        "Inachukua muda gani kujifunza lugha mpya?",
+    ],
+}
+
+
+def make_tiny_backbones(folder: str | Path, seed: int = 0) -> tuple[Path, Path]:
+    """
+    An XLM-R and a Mistral with random weights and tokenizers trained on `SENTENCES`; returns their folders.
+
+    The weights are wide (standard deviation 0.2), so that vectors of different texts differ visibly.
+    """
+    folder = Path(folder)
+    texts = [text for sentences in SENTENCES.values() for text in sentences]
+    encoder_tokenizer = _unigram_tokenizer(texts)
+    llm_tokenizer = _byte_level_tokenizer(texts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = XLMRobertaModel(
+            XLMRobertaConfig(
+                vocab_size=len(encoder_tokenizer),
+                hidden_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=96,
+                max_position_embeddings=514,
+                type_vocab_size=1,
+                layer_norm_eps=1e-5,
+                initializer_range=0.2,
+            )
+        )
+        llm = MistralForCausalLM(
+            MistralConfig(
+                vocab_size=len(llm_tokenizer),
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                intermediate_size=128,
+                max_position_embeddings=1024,
+                sliding_window=None,
+                initializer_range=0.2,
+            )
+        )
+    paths = folder / "tiny-xlm-roberta", folder / "tiny-mistral"
+    for path, model, tokenizer in zip(paths, (encoder, llm), (encoder_tokenizer, llm_tokenizer), strict=True):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return paths
+
+
+def _unigram_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    special = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=1200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=512,
+    )
+
+
+def _byte_level_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=1024
+    )
