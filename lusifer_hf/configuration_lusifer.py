@@ -32,8 +32,8 @@ class LusiferConfig(PreTrainedConfig):
         num_added_tokens (`int`, *optional*, defaults to 1):
             Number of trainable tokens appended to every sequence.
         pooling (`str`, *optional*, defaults to `"mean"`):
-            `"mean"`, `"weightedmean"` (weights 1..k), `"cls"` (first token) or `"lasttoken"`, over the LLM's last hidden
-            states, added tokens included.
+            `"mean"`, `"weightedmean"` (weights 1..k), `"cls"` (first token) or `"lasttoken"`, over the LLM's last
+            hidden states, added tokens included.
         projection (`bool`, *optional*, defaults to `True`):
             Whether the pooled states pass Linear-ReLU-Linear.
         added_token_positions (`str`, *optional*, defaults to `"contiguous"`):

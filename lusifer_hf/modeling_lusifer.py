@@ -1,11 +1,11 @@
 """
 PyTorch LUSIFER model (arXiv 2501.00874): multilingual encoder -> connector -> bidirectional LLM -> pooling.
 
-Shapes: B texts, L padded input length, T = L + num_added_tokens, N kept tokens of the whole batch, H hidden size of the
-LLM and size of the embedding.
+Shapes: B texts, L padded input length, T = L + num_added_tokens, N kept tokens of the whole batch, H hidden size of
+the LLM and size of the embedding.
 
 Between the towers a batch is padded with each row's kept tokens first, whatever side the caller padded on. Inside a
-tower that runs "packed" (the default wherever the backbone allows it) the N kept tokens are one sequence of B segments.
+tower that runs "packed" (the default where the backbone allows it) the N kept tokens are one sequence of B segments.
 """
 
 import inspect
@@ -278,7 +278,7 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         """
         Compose two pretrained backbones with a fresh connector and projection.
 
-        The LLM's LM head, which the alignment stage needs, is written by the first `save_pretrained` and by that alone.
+        The LLM's LM head, which the alignment stage needs, is written by `save_pretrained` of the composed model.
 
         Args:
             encoder (`str`):
@@ -477,25 +477,22 @@ def _encoder_class(config):
 
 
 def _build_tower(auto_class, config) -> PreTrainedModel:
-    """A backbone without weights; packed if nothing else was asked for and transformers would run it on SDPA."""
+    """A backbone without weights; packed if nothing else was asked for and its attention can be."""
     requested = config._attn_implementation
+    if requested is None and getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"  # Gemma2: neither SDPA nor packed attention caps the logits
     tower = auto_class.from_config(config)
-    takes_segments = (
-        tower._supports_attention_backend and "position_ids" in inspect.signature(tower.forward).parameters
-    )
-    if requested is None and takes_segments and tower.config._attn_implementation == "sdpa":
-        tower.set_attn_implementation("packed")
+    takes_segments = "position_ids" in inspect.signature(tower.forward).parameters
+    if requested is None and tower.config._attn_implementation == "sdpa":
+        if tower._supports_attention_backend and takes_segments:
+            tower.set_attn_implementation("packed")
     return tower
 
 
 def _first_position(encoder: nn.Module) -> int:
     """RoBERTa's family numbers positions from padding_idx + 1, everything else from 0."""
     for name, module in encoder.named_modules():
-        if (
-            name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ):
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
     return 0
 
@@ -512,6 +509,11 @@ def _check_lengths(lengths: torch.Tensor, padded_length: int, limit: int | None)
 def _run_tower(tower: PreTrainedModel, layout: _Layout, arguments: dict) -> ModelOutput:
     """Run a tower on padded inputs, packed inside if its attention takes segments; the states come back padded."""
     implementation = tower.config._attn_implementation
+    if implementation == "sdpa" and getattr(tower.config, "attn_logit_softcapping", None) is not None:
+        # transformers refuses this from 5.23 on, and left the cap out before.
+        raise ValueError(
+            f'{tower.__class__.__name__} caps its attention logits: load it with attn_implementation="eager".'
+        )
     if implementation != "packed" and "flash" not in implementation:
         return tower(**arguments, attention_mask=layout.mask.long())
     packed = {name: layout.pack(value) if torch.is_tensor(value) else value for name, value in arguments.items()}
