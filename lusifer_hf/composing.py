@@ -22,6 +22,8 @@ def compose(encoder: str, llm: str, output: str | Path, **options) -> LusiferMod
     """
     with new_folder(output) as folder:
         model = LusiferModel.from_backbones(encoder, llm, **options)
-        model.tokenizer  # noqa: B018 (a repository without a tokenizer is an error, not a warning)
         model.save_pretrained(folder)
+        for tokenizer, source in ((folder, encoder), (folder / "llm_tokenizer", llm)):
+            if not (tokenizer / "tokenizer_config.json").exists():
+                raise ValueError(f"{source} has no tokenizer: a repository needs both backbones' tokenizers.")
     return model

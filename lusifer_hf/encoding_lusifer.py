@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from tokenizers import normalizers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -51,13 +52,16 @@ class RepositoryMixin:
                     f"This model was not loaded from a repository, so it has no tokenizer. {_SET_TOKENIZER}"
                 )
             try:
-                # Text that spells a special token, such as "</s>", is text.
-                tokenizer = AutoTokenizer.from_pretrained(**self.tokenizer_source, split_special_tokens=True)
+                self._tokenizer = _load_tokenizer(
+                    self.tokenizer_source,
+                    config=self.config.encoder_config,
+                    model_input_names=["input_ids", "attention_mask"],
+                    split_special_tokens=True,
+                )
             except (OSError, ValueError) as error:
                 name = self.tokenizer_source["pretrained_model_name_or_path"]
                 raise ValueError(f"No tokenizer could be loaded from {name}. {_SET_TOKENIZER}") from error
-            tokenizer.model_input_names = ["input_ids", "attention_mask"]
-            self._tokenizer = tokenizer
+            _keep_special_strings_as_text(self._tokenizer)
         return self._tokenizer
 
     @tokenizer.setter
@@ -96,7 +100,11 @@ class RepositoryMixin:
         except ValueError as error:
             logger.warning(f"Saved {folder} without a tokenizer. {error}")
         if self.llm_tokenizer_source is not None:
-            AutoTokenizer.from_pretrained(**self.llm_tokenizer_source).save_pretrained(folder / "llm_tokenizer")
+            try:
+                tokenizer = _load_tokenizer(self.llm_tokenizer_source, config=self.config.llm_config)
+                tokenizer.save_pretrained(folder / "llm_tokenizer")
+            except (OSError, ValueError):
+                logger.info(f"Saved {folder} without the LLM's tokenizer, which only the alignment stage needs.")
 
     def _save_card(self, folder: Path):
         card = folder / "README.md"
@@ -238,6 +246,32 @@ class EncodingMixin:
                 f"max_length={max_length} leaves no room for text beside {used} tokens of prompt: raise it."
             )
         return prefix, max_length
+
+
+def _load_tokenizer(source: dict, config, **options) -> PreTrainedTokenizerBase:
+    hub = {name: value for name, value in source.items() if name != "model_max_length"}
+    # Where there is no file, AutoTokenizer makes an empty tokenizer of the config's class.
+    cached_file(hub.pop("pretrained_model_name_or_path"), "tokenizer_config.json", **hub)
+    # The tower's config: for that of a remote model transformers would ask whether to run its code.
+    return AutoTokenizer.from_pretrained(**source, config=config, **options)
+
+
+def _keep_special_strings_as_text(tokenizer: PreTrainedTokenizerBase):
+    """
+    Have a text that spells a special token, such as "</s>", read as that text and not as the token.
+
+    `split_special_tokens` does it for most tokenizers, but a Unigram model (XLM-R, mT5) holds the string as a piece of
+    its vocabulary, and would still match it.
+    """
+    matched = [
+        token
+        for token in set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
+        if tokenizer.convert_tokens_to_ids(token) in tokenizer(token, add_special_tokens=False)["input_ids"]
+    ]
+    if matched:
+        backend = tokenizer.backend_tokenizer
+        breaks = [normalizers.Replace(token, f"{token[0]} {token[1:]}") for token in sorted(matched)]
+        backend.normalizer = normalizers.Sequence([*breaks, *([backend.normalizer] if backend.normalizer else [])])
 
 
 def check_texts(texts: Sequence[str], what: str = "Text", first: int = 0):

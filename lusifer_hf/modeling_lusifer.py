@@ -9,11 +9,12 @@ tower that runs "packed" (the default where the backbone allows it) the N kept t
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import (
@@ -192,9 +193,9 @@ class LusiferConnector(nn.Module):
         """States `(B, L, encoder hidden size)` and the LLM's input embeddings give states `(B, L, H)`."""
         if self.config.connector == "ff":
             return self.mlp(hidden_states)
-        weights = self.vocabulary(hidden_states).softmax(dim=-1)
-        # Gemma's embeddings are scaled on their way out of the table.
-        return weights @ embed_tokens.weight * getattr(embed_tokens, "embed_scale", 1.0)
+        states = self.vocabulary(hidden_states).softmax(dim=-1) @ embed_tokens.weight
+        scale = getattr(embed_tokens, "embed_scale", None)  # Gemma scales embeddings on their way out of the table
+        return states if scale is None else states * scale.to(states.dtype)
 
 
 class LusiferPreTrainedModel(PreTrainedModel):
@@ -251,10 +252,17 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         source = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file of {pretrained_model_name_or_path} is damaged ({error}): download or copy it again."
+            ) from error
         model.tokenizer_source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **source}
+        llm_folder = "/".join(filter(None, [source.get("subfolder"), "llm_tokenizer"]))
+        model.llm_tokenizer_source = {**model.tokenizer_source, "subfolder": llm_folder}
         misfits = [f"{kind}: {', '.join(sorted(info[kind])[:5])}" for kind in _MISFITS if info[kind]]
         if misfits and not kwargs.get("ignore_mismatched_sizes"):
             raise ValueError(
@@ -294,7 +302,10 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
             config_fields:
                 Fields of [`LusiferConfig`], such as `num_added_tokens=0`.
         """
-        LusiferConfig(**config_fields)  # a wrong field is reported before gigabytes are read
+        # Before gigabytes are read; a config by itself keeps any extra field, as those of transformers do.
+        if unknown := set(config_fields) - {field.name for field in fields(LusiferConfig)}:
+            raise ValueError(f"LusiferConfig has no field {', '.join(sorted(unknown))}.")
+        LusiferConfig(**config_fields)
         causal_lm = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype)
         encoder_config = AutoConfig.from_pretrained(encoder)
         encoder_model = _encoder_class(encoder_config).from_pretrained(encoder, dtype=causal_lm.dtype)
