@@ -74,9 +74,10 @@ class ConversionReport:
     from_backbones: list[str]
 
     def __str__(self) -> str:
+        dropped = "".join(f"\n  {name}" for name in self.dropped)
         return (
-            f"{len(self.used)} tensors used, {len(self.dropped)} dropped, "
-            f"{len(self.from_backbones)} taken from the backbones, none missing, none unused"
+            f"{len(self.used)} tensors used, {len(self.from_backbones)} taken from the backbones, "
+            f"none missing, none unused, {len(self.dropped)} dropped{':' if dropped else ''}{dropped}"
         )
 
 
@@ -176,18 +177,13 @@ def convert(
         if is_complete:
             # Not `load_state_dict`, which leaves buffers that no checkpoint holds on the meta device.
             model = LusiferModel.from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype)
-            model.tokenizer_source = {
-                "pretrained_model_name_or_path": encoder,
-                "model_max_length": min(512, model.max_positions or 512),
-            }
-            model.llm_tokenizer_source = {"pretrained_model_name_or_path": llm}
+            model.use_backbones_tokenizers(encoder, llm)
         else:
             model.load_state_dict(tensors, strict=False)
             model.check_bidirectional()
         model.lm_head_to_save = lm_head or model.lm_head_to_save
         model.tokenizer  # noqa: B018 (a repository without a tokenizer is an error, not a warning)
         model.save_pretrained(folder)
-    logger.info(f"Converted {source}: {report}.")
     return report
 
 

@@ -61,12 +61,18 @@ class RepositoryMixin:
             except (OSError, ValueError) as error:
                 name = self.tokenizer_source["pretrained_model_name_or_path"]
                 raise ValueError(f"No tokenizer could be loaded from {name}. {_SET_TOKENIZER}") from error
-            _keep_special_strings_as_text(self._tokenizer)
+            keep_special_strings_as_text(self._tokenizer)
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+
+    def use_backbones_tokenizers(self, encoder: str, llm: str):
+        """Take the tokenizers of two backbones, ids or folders; texts will be cut to 512 tokens, or what fits."""
+        length = min(512, self.max_positions or 512)
+        self.tokenizer_source = {"pretrained_model_name_or_path": encoder, "model_max_length": length}
+        self.llm_tokenizer_source = {"pretrained_model_name_or_path": llm}
 
     def save_pretrained(self, save_directory, is_main_process=True, push_to_hub=False, **kwargs):
         """As [`~PreTrainedModel.save_pretrained`], and the tokenizers, sentence-transformers' files and the card."""
@@ -256,7 +262,7 @@ def _load_tokenizer(source: dict, config, **options) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(**source, config=config, **options)
 
 
-def _keep_special_strings_as_text(tokenizer: PreTrainedTokenizerBase):
+def keep_special_strings_as_text(tokenizer: PreTrainedTokenizerBase):
     """
     Have a text that spells a special token, such as "</s>", read as that text and not as the token.
 

@@ -328,11 +328,7 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         # Not a submodule: embedding never needs it. A copy, since some LLMs tie it to their input embeddings.
         lm_head = causal_lm.get_output_embeddings()
         model.lm_head_to_save = {f"lm_head.{name}": tensor.clone() for name, tensor in lm_head.state_dict().items()}
-        model.tokenizer_source = {
-            "pretrained_model_name_or_path": encoder,
-            "model_max_length": min(512, model.max_positions or 512),
-        }
-        model.llm_tokenizer_source = {"pretrained_model_name_or_path": llm}
+        model.use_backbones_tokenizers(encoder, llm)
         model.check_bidirectional()
         return model.eval()
 
