@@ -70,7 +70,8 @@ def packed_attention_forward(
     window = module.config.sliding_window if sliding_window is not None else None
     grouped = query.shape[1] != key.shape[1]
 
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    fits_kernel = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and dropout == 0.0
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and fits_kernel:
         states = varlen_attn(
             *(states[0].transpose(0, 1) for states in (query, key, value)),
             cu_seq_lens_q,

@@ -1,0 +1,81 @@
+"""
+P3 on CUDA: packed attention (`varlen_attn` in half precision, SDPA otherwise) equals the padded implementations.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BitsAndBytesConfig
+
+from lusifer_hf import LusiferModel
+from lusifer_hf.composing import compose
+from lusifer_hf.quickstart import SENTENCES, make_tiny_backbones
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+TEXTS = [text for texts in SENTENCES.values() for text in texts] + ["", "word " * 300]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cuda")
+    compose(*map(str, make_tiny_backbones(root / "backbones")), root / "model", seed=0, initializer_range=0.2)
+    return root / "model"
+
+
+def load(folder, dtype, implementation=None, **options) -> LusiferModel:
+    return LusiferModel.from_pretrained(
+        folder, dtype=dtype, attn_implementation=implementation, device_map="cuda", **options
+    )
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> float:
+    return float(((left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)).min())
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_equals_padded(folder, implementation, window):
+    expected = load(folder, torch.float32, implementation)
+    packed = load(folder, torch.float32)
+    half = load(folder, torch.bfloat16)
+    for model in (expected, packed, half):
+        model.llm.config.sliding_window = window
+    assert packed.llm.config._attn_implementation == half.llm.config._attn_implementation == "packed"
+    vectors = expected.encode(TEXTS)
+    np.testing.assert_allclose(packed.encode(TEXTS), vectors, atol=1e-4, rtol=1e-4)
+    assert cosine(half.encode(TEXTS), vectors) > 0.99
+
+
+def test_head_size_that_the_kernel_cannot_take(folder):
+    config = LusiferModel.from_pretrained(folder).config
+    config.encoder_config.num_attention_heads = 4  # of 12
+    model = LusiferModel(config).to("cuda", torch.bfloat16).eval()
+    ids = torch.randint(5, 100, (3, 20), device="cuda")
+    vectors = model(ids).pooler_output.float().detach()
+    model.set_attn_implementation("sdpa")
+    assert cosine(model(ids).pooler_output.float().detach().cpu().numpy(), vectors.cpu().numpy()) > 0.99
+
+
+def test_vectors_do_not_depend_on_the_batch(folder):
+    model = load(folder, torch.bfloat16)
+    alone = np.stack([model.encode(text) for text in TEXTS])
+    assert cosine(alone, model.encode(TEXTS)) > 0.999
+    assert cosine(model.encode(TEXTS, compile_layers=True), alone) > 0.999
+
+
+def test_training_honours_attention_dropout(folder):
+    model = load(folder, torch.bfloat16).train()
+    batch = model.tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt").to("cuda")
+    first, second = (model(**batch).pooler_output for _ in range(2))
+    assert not torch.equal(first, second)
+    first.float().sum().backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.connector.parameters())
+
+
+def test_four_bit_weights(folder):
+    pytest.importorskip("bitsandbytes")
+    model = load(folder, torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    vectors = model.encode(TEXTS)
+    # Against the rounded weights: four bits change such a small random model a lot.
+    assert cosine(vectors, model.dequantize().encode(TEXTS)) > 0.99
