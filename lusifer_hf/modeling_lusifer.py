@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AttentionInterface,
@@ -37,8 +36,11 @@ from .encoding_lusifer import EncodingMixin, RepositoryMixin
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 _MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
-# torch 2.11 takes grouped key/value heads as they are, later versions want to be told.
-_VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+if torch.backends.cuda.is_built():  # it takes two seconds to import
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped key/value heads as they are, later versions want to be told.
+    _VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def packed_attention_forward(
@@ -335,18 +337,28 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
 
     @torch.no_grad()
     def check_bidirectional(self):
-        """Raise a `ValueError` if a later token does not change the LLM's state of an earlier one."""
+        """
+        Raise a `ValueError` if a later token does not change the LLM's state of an earlier one, or if one text of a
+        batch changes another's, as recurrent layers do in a packed batch.
+        """
         embed_tokens = self.llm.get_input_embeddings()
         if embed_tokens.weight.is_meta:  # not loaded on this process
             return
         ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=embed_tokens.weight.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         layout = _Layout(mask, torch.arange(3, device=ids.device).expand_as(ids))
-        first, second = self._run_llm(embed_tokens(ids), layout).last_hidden_state[:, :2].float()
+        states = self._run_llm(embed_tokens(ids), layout).last_hidden_state.float()
+        swapped = self._run_llm(embed_tokens(ids.flip(0)), layout).last_hidden_state.float().flip(0)
+        first, second = states[:, :2]
         if torch.allclose(first, second, rtol=1e-4, atol=1e-6):
             raise ValueError(
                 f"{self.llm.__class__.__name__} stays causal with is_causal=False, so it cannot embed text. "
                 "Choose an LLM that honours it, such as mistral, llama, qwen2, qwen3, gemma2, gemma3, phi or phi3."
+            )
+        if (states - swapped).abs().max() > 0.01 * states.abs().max():
+            raise ValueError(
+                f"{self.llm.__class__.__name__} mixes the texts of a packed batch. "
+                'Load the model with attn_implementation="sdpa".'
             )
 
     def get_input_embeddings(self):
@@ -386,7 +398,12 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         states = self.connector(encoder_states, self.llm.get_input_embeddings())
         states, layout = self._append_added_tokens(states, layout)
         outputs = self._run_llm(
-            states, layout, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+            states,
+            layout,
+            output_hidden_states=(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
         )
         embeddings = self._pool(outputs.last_hidden_state, layout.mask)
         output = LusiferModelOutput(
@@ -405,7 +422,7 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         _check_lengths(lengths, mask.shape[1], self.max_positions)
         # A stable sort, so that every shape is static where the towers run padded (torch.compile, export).
         order = mask.logical_not().byte().argsort(dim=1, stable=True)
-        inputs = torch.take_along_dim(inputs, order if inputs.dim() == 2 else order.unsqueeze(2), dim=1)
+        inputs = _take_positions(inputs, order)
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         layout = _Layout(positions < lengths, positions)
 
@@ -431,8 +448,7 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         lengths = layout.mask.sum(dim=1, keepdim=True)
         is_added = (positions >= lengths) & (positions < lengths + num_added)
         source = torch.where(is_added, positions - lengths + length, positions)
-        source = torch.where(positions >= lengths + num_added, positions - num_added, source)
-        states = torch.take_along_dim(states, source.unsqueeze(2), dim=1)
+        states = _take_positions(states, source)
         return states, _Layout(positions < lengths + num_added, positions)
 
     def _run_llm(self, states: torch.Tensor, layout: _Layout, **outputs) -> ModelOutput:
@@ -505,6 +521,12 @@ def _first_position(encoder: nn.Module) -> int:
     return 0
 
 
+def _take_positions(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Ids `(B, L)` or states `(B, L, ...)` in another order `(B, L)` of their positions."""
+    # `take_along_dim` does the same, but torch.export then fixes the batch size and the length.
+    return states.gather(1, order if states.dim() == 2 else order.unsqueeze(2).expand(-1, -1, states.shape[2]))
+
+
 def _check_lengths(lengths: torch.Tensor, padded_length: int, limit: int | None):
     if torch.compiler.is_compiling() or lengths.is_meta:
         return
@@ -528,7 +550,9 @@ def _run_tower(tower: PreTrainedModel, layout: _Layout, arguments: dict) -> Mode
     outputs = tower(**packed, **layout.segments)
     outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(layout.unpack(states) for states in outputs.hidden_states)
+        outputs.hidden_states = tuple(
+            None if states is None else layout.unpack(states) for states in outputs.hidden_states
+        )
     return outputs
 
 

@@ -1,0 +1,214 @@
+"""`lusifer-hf`: compose, convert and use LUSIFER models from the command line."""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Runs without this package, as someone else's machine would. Arguments: folder, texts (JSON), result (.npz).
+REMOTE_CODE_SCRIPT = """
+import json, sys
+
+sys.modules["lusifer_hf"] = None  # importing it is an error from here on
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+
+folder, texts, result = sys.argv[1:]
+texts = json.loads(open(texts, encoding="utf-8").read())
+auto_model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+sentence_transformer = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+np.savez(result, AutoModel=auto_model.encode(texts), SentenceTransformer=sentence_transformer.encode(texts))
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 0, 1 after an error (2 for wrong arguments, by argparse)."""
+    args = vars(_parser().parse_args(argv))
+    handler, debug = args.pop("handler"), args.pop("debug")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lusifer_hf").setLevel(logging.INFO)
+    try:
+        handler(**args)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _compose(encoder: str, llm: str, output: str, **options):
+    from .composing import compose
+
+    model = compose(encoder, llm, output, **options)
+    print(f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}")
+    print("The connector and the projection are untrained: align and train the model before you use its embeddings.")
+
+
+def _convert(source: str, output: str, **options):
+    from .converting import convert
+
+    print(convert(source, output, **options))
+
+
+def _encode(
+    inputs: list[str],
+    output: str,
+    model: str,
+    dtype: str,
+    device: str | None,
+    attn_implementation: str | None,
+    compile_layers: bool,
+    **options,
+):
+    import torch
+
+    from .corpus import INPUT_FORMATS, encode_file
+    from .modeling_lusifer import LusiferModel
+
+    files = [text for text in inputs if os.path.isfile(text) or text.endswith(INPUT_FORMATS)]
+    if files and len(inputs) > 1:
+        raise ValueError(f"{files[0]} is the name of a file: give one file, or texts.")
+    if files and not os.path.isfile(files[0]):
+        raise FileNotFoundError(f"{files[0]} does not exist.")
+    if os.path.exists(output):  # known before gigabytes are read
+        raise FileExistsError(f"{output} exists already: choose another output, or remove it first.")
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    loaded = LusiferModel.from_pretrained(model, dtype=dtype, attn_implementation=attn_implementation).to(device)
+    if compile_layers:
+        loaded.compile_layers()
+    with tempfile.TemporaryDirectory() as folder:
+        source = files[0] if files else Path(folder) / "texts.jsonl"
+        if not files:
+            source.write_text("".join(json.dumps({options["text_field"]: text}) + "\n" for text in inputs))
+        encode_file(loaded, source, output, **options)
+    print(output)
+
+
+def _quickstart(output: str | None):
+    import numpy as np
+
+    from .quickstart import SENTENCES
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tiny-lusifer" if output is None else Path(output)
+        ways = run_quickstart(folder, Path(scratch))
+    embeddings = np.stack(list(ways.values()))  # (ways, texts, H)
+    differences = np.ptp(embeddings, axis=0)
+    print(f"{embeddings.shape[1]} sentences, embeddings of {embeddings.shape[2]} numbers, in {len(ways)} ways:")
+    print("\n".join(f"  {way}" for way in ways))
+    print("\nlanguage  largest difference  first sentence")
+    for index, (language, sentences) in enumerate(SENTENCES.items()):
+        rows = slice(index * len(sentences), (index + 1) * len(sentences))
+        print(f"{language:8}  {differences[rows].max():18.1e}  {sentences[0][:60]}")
+    if not differences.max() <= 1e-6:
+        raise ValueError(f"The ways to load the model differ by {differences.max():.1e}, more than 1e-6.")
+    print("\nAll ways give the same embeddings. The weights are random, so the embeddings mean nothing yet.")
+    if output is not None:
+        print(f"The model is in {output}.")
+
+
+def run_quickstart(folder: Path, scratch: Path) -> dict:
+    """Compose a tiny model in `folder` and embed the sentences in every way to load it; returns the embeddings."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    from .composing import compose
+    from .quickstart import SENTENCES, make_tiny_backbones
+
+    # Wide like the backbones' own weights: of embeddings near zero, a small difference would say nothing.
+    compose(*make_tiny_backbones(scratch), folder, seed=0, initializer_range=0.2)
+    texts = [text for sentences in SENTENCES.values() for text in sentences]
+    return {
+        "AutoModel": AutoModel.from_pretrained(folder).encode(texts, show_progress_bar=False),
+        "SentenceTransformer": SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False),
+        **_embed_with_remote_code(folder, texts, scratch),
+    }
+
+
+def _embed_with_remote_code(folder: Path, texts: list[str], scratch: Path) -> dict:
+    """The same in a fresh process that cannot import this package and does not go online."""
+    import numpy as np
+
+    source, result = scratch / "texts.json", scratch / "embeddings.npz"
+    source.write_text(json.dumps(texts), encoding="utf-8")
+    # -I: neither the current folder nor the environment can provide the package.
+    command = [sys.executable, "-I", "-c", REMOTE_CODE_SCRIPT, str(folder.resolve()), str(source), str(result)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+    finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise OSError(f"Loading the model as remote code failed:\n{finished.stderr}")
+    with np.load(result) as vectors:
+        return {f"{way} with trust_remote_code=True, without this package": vectors[way] for way in vectors}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lusifer-hf", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, handler, description: str) -> argparse.ArgumentParser:
+        # An option that is not given is not passed on, so that defaults are written in one place.
+        added = commands.add_parser(
+            name, help=description, description=description, argument_default=argparse.SUPPRESS
+        )
+        added.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
+        added.set_defaults(handler=handler)
+        return added
+
+    compose = command("compose", _compose, "Compose two pretrained backbones into an untrained model.")
+    compose.add_argument("output", metavar="OUT", help="folder to write")
+    compose.add_argument("--encoder", required=True, metavar="ID", help="multilingual encoder: Hub id or folder")
+    compose.add_argument("--llm", required=True, metavar="ID", help="decoder LLM: Hub id or folder")
+    compose.add_argument("--seed", type=int, help="makes the fresh weights reproducible")
+    compose.add_argument("--dtype", choices=DTYPES, help="default: the dtype that the LLM is stored in")
+    compose.add_argument("--connector", choices=("ff", "embedding_table"))
+    compose.add_argument("--num-added-tokens", type=int, metavar="N")
+    compose.add_argument("--pooling", choices=("mean", "weightedmean", "cls", "lasttoken"))
+    compose.add_argument("--added-token-positions", choices=("contiguous", "after_padding"))
+    compose.add_argument("--no-projection", dest="projection", action="store_false")
+
+    convert = command("convert", _convert, "Convert a checkpoint of the research code.")
+    convert.add_argument("source", metavar="SRC", help="the checkpoint")
+    convert.add_argument("output", metavar="OUT", help="folder to write")
+    convert.add_argument("--encoder", metavar="ID", help="Hub id or folder, where the checkpoint names none")
+    convert.add_argument("--llm", metavar="ID", help="Hub id or folder, where the checkpoint names none")
+    convert.add_argument("--pooling", choices=("mean", "weightedmean", "cls", "lasttoken"))
+    convert.add_argument("--added-token-positions", choices=("contiguous", "after_padding"))
+    convert.add_argument("--keep-adapters", action="store_true", help="do not merge LoRA adapters")
+    convert.add_argument("--lora-alpha", type=float, metavar="X", help="where the checkpoint does not say it")
+    convert.add_argument("--dtype", choices=DTYPES)
+
+    encode = command("encode", _encode, "Embed a file, or texts. A run that was killed goes on where it stopped.")
+    encode.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl (also .gz) or .parquet; or texts")
+    encode.add_argument("--output", required=True, metavar="OUT", help=".npy or .parquet")
+    encode.add_argument("--model", required=True, metavar="ID", help="Hub id or folder")
+    encode.add_argument("--prompt-name", choices=("query", "document"))
+    encode.add_argument("--instruction", help="what the embeddings are for, in English")
+    encode.add_argument("--batch-size", type=int, metavar="N", help="at most so many texts in a batch")
+    encode.add_argument("--max-tokens-per-batch", type=int, metavar="N", help="at most so many tokens in a batch")
+    encode.add_argument("--max-length", type=int, metavar="N", help="longer texts are cut to so many tokens")
+    encode.add_argument("--normalize", action="store_true", help="give the embeddings length 1")
+    encode.add_argument("--truncate-dim", type=int, metavar="N", help="keep so many leading numbers")
+    encode.add_argument("--text-field", metavar="NAME", default="text", help="field or column that holds the text")
+    encode.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    encode.add_argument("--device", default=None, help="default: the accelerator, if there is one")
+    encode.add_argument("--attn-implementation", metavar="NAME", default=None)
+    encode.add_argument("--compile-layers", action="store_true", default=False, help="faster long runs on a GPU")
+
+    quickstart = command("quickstart", _quickstart, "Embed 14 languages with a tiny model, loaded in every way.")
+    quickstart.add_argument("--output", metavar="FOLDER", default=None, help="keep the model there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
