@@ -6,8 +6,9 @@ atol 1e-5 and rtol 1e-4, with every attention implementation that the backbones 
 the research code's batches; "contiguous" mode agrees wherever there is no padding or no added token.
 
 Text to ids: of the 288 golden rows 179 fit max_length and hold no special token's string: they equal ours id for id.
-The other 109 differ by intention, for two reasons: ours keeps EOS when it truncates (77 rows, and 10 that also have the
-other reason), and the strings "<s>" and "</s>" in a text are text, not special tokens (22 rows that fit, and those 10).
+The other 109 differ by intention, for two reasons: ours keeps EOS when it truncates (77 rows, and 10 that also have
+the other reason), and the strings "<s>" and "</s>" in a text are text, not special tokens (22 rows that fit, and those
+10).
 """
 
 import pytest
