@@ -255,7 +255,7 @@ def memory_process(count: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--texts", type=int, help="number of texts (256; 2,880 at paper size)")
+    parser.add_argument("--texts", type=int, help="number of texts (128; 2,880 at paper size)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="also measure compile_layers=True")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of speed")
@@ -266,7 +266,7 @@ def main():
         compare("paper", torch.bfloat16, "cuda", args.texts or 2880, args.rounds, args.compile)
     else:
         for dtype in (torch.float32, torch.bfloat16):
-            compare("small", dtype, "cpu", args.texts or 256, args.rounds, args.compile)
+            compare("small", dtype, "cpu", args.texts or 128, args.rounds, args.compile)
 
 
 if __name__ == "__main__":

@@ -4,30 +4,12 @@ import argparse
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-# Runs without this package, as someone else's machine would. Arguments: folder, texts (JSON), result (.npz).
-REMOTE_CODE_SCRIPT = """
-import json, sys
-
-sys.modules["lusifer_hf"] = None  # importing it is an error from here on
-
-import numpy as np
-from sentence_transformers import SentenceTransformer
-from transformers import AutoModel
-
-folder, texts, result = sys.argv[1:]
-texts = json.loads(open(texts, encoding="utf-8").read())
-auto_model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-sentence_transformer = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-np.savez(result, AutoModel=auto_model.encode(texts), SentenceTransformer=sentence_transformer.encode(texts))
-"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,11 +80,11 @@ def _encode(
 def _quickstart(output: str | None):
     import numpy as np
 
-    from .quickstart import SENTENCES
+    from .quickstart import SENTENCES, embed_in_every_way
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tiny-lusifer" if output is None else Path(output)
-        ways = run_quickstart(folder, Path(scratch))
+        ways = embed_in_every_way(folder, Path(scratch))
     embeddings = np.stack(list(ways.values()))  # (ways, texts, H)
     differences = np.ptp(embeddings, axis=0)
     print(f"{embeddings.shape[1]} sentences, embeddings of {embeddings.shape[2]} numbers, in {len(ways)} ways:")
@@ -116,40 +98,6 @@ def _quickstart(output: str | None):
     print("\nAll ways give the same embeddings. The weights are random, so the embeddings mean nothing yet.")
     if output is not None:
         print(f"The model is in {output}.")
-
-
-def run_quickstart(folder: Path, scratch: Path) -> dict:
-    """Compose a tiny model in `folder` and embed the sentences in every way to load it; returns the embeddings."""
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoModel
-
-    from .composing import compose
-    from .quickstart import SENTENCES, make_tiny_backbones
-
-    # Wide like the backbones' own weights: of embeddings near zero, a small difference would say nothing.
-    compose(*make_tiny_backbones(scratch), folder, seed=0, initializer_range=0.2)
-    texts = [text for sentences in SENTENCES.values() for text in sentences]
-    return {
-        "AutoModel": AutoModel.from_pretrained(folder).encode(texts, show_progress_bar=False),
-        "SentenceTransformer": SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False),
-        **_embed_with_remote_code(folder, texts, scratch),
-    }
-
-
-def _embed_with_remote_code(folder: Path, texts: list[str], scratch: Path) -> dict:
-    """The same in a fresh process that cannot import this package and does not go online."""
-    import numpy as np
-
-    source, result = scratch / "texts.json", scratch / "embeddings.npz"
-    source.write_text(json.dumps(texts), encoding="utf-8")
-    # -I: neither the current folder nor the environment can provide the package.
-    command = [sys.executable, "-I", "-c", REMOTE_CODE_SCRIPT, str(folder.resolve()), str(source), str(result)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
-    finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        raise OSError(f"Loading the model as remote code failed:\n{finished.stderr}")
-    with np.load(result) as vectors:
-        return {f"{way} with trust_remote_code=True, without this package": vectors[way] for way in vectors}
 
 
 def _parser() -> argparse.ArgumentParser:

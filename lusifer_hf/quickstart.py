@@ -1,11 +1,17 @@
-"""A tiny LUSIFER in a minute, on any machine: composed from backbones made on the spot, loaded in three ways."""
+"""A tiny LUSIFER in a minute, on any machine: composed from backbones made on the spot, loaded in every way."""
 
-import logging
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -13,8 +19,8 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from .composing import compose
 
-logger = logging.getLogger(__name__)
 
 # The same three sentences in the paper's 14 languages, written for this package.
 SENTENCES = {
@@ -135,6 +141,50 @@ def make_tiny_backbones(folder: str | Path, seed: int = 0) -> tuple[Path, Path]:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     return paths
+
+
+def embed_in_every_way(folder: Path, scratch: Path) -> dict[str, np.ndarray]:
+    """Compose a tiny model in `folder` and embed `SENTENCES` in every way to load it; returns embeddings by way."""
+    # Wide like the backbones' own weights: of embeddings near zero, a small difference would say nothing.
+    compose(*map(str, make_tiny_backbones(scratch)), folder, seed=0, initializer_range=0.2)
+    texts = [text for sentences in SENTENCES.values() for text in sentences]
+    return {
+        "AutoModel": AutoModel.from_pretrained(folder).encode(texts, show_progress_bar=False),
+        "SentenceTransformer": SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False),
+        **_embed_with_remote_code(folder, texts, scratch),
+    }
+
+
+def _embed_with_remote_code(folder: Path, texts: list[str], scratch: Path) -> dict[str, np.ndarray]:
+    """The same in a fresh process that cannot import this package and does not go online."""
+    source, result = scratch / "texts.json", scratch / "embeddings.npz"
+    source.write_text(json.dumps(texts), encoding="utf-8")
+    # -I: neither the current folder nor the environment can provide the package.
+    command = [sys.executable, "-I", "-c", _REMOTE_CODE_SCRIPT, str(folder.resolve()), str(source), str(result)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+    finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise OSError(f"Loading the model as remote code failed:\n{finished.stderr}")
+    with np.load(result) as vectors:
+        return {f"{way} with trust_remote_code=True, without this package": vectors[way] for way in vectors}
+
+
+# Runs without this package, as someone else's machine would. Arguments: folder, texts (JSON), result (.npz).
+_REMOTE_CODE_SCRIPT = """
+import json, sys
+
+sys.modules["lusifer_hf"] = None  # importing it is an error from here on
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+
+folder, texts, result = sys.argv[1:]
+texts = json.loads(open(texts, encoding="utf-8").read())
+auto_model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+sentence_transformer = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+np.savez(result, AutoModel=auto_model.encode(texts), SentenceTransformer=sentence_transformer.encode(texts))
+"""
 
 
 def _unigram_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -15,8 +15,8 @@ import pytest
 from conftest import assert_distinct, assert_same
 
 from lusifer_hf import LusiferConfig, LusiferModel
-from lusifer_hf.cli import main, run_quickstart
-from lusifer_hf.quickstart import SENTENCES
+from lusifer_hf.cli import main
+from lusifer_hf.quickstart import SENTENCES, embed_in_every_way
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_wrong_arguments(arguments, capsys):
 
 
 def test_quickstart_ways_agree(tmp_path, capsys, monkeypatch):
-    ways = run_quickstart(tmp_path / "model", tmp_path)
+    ways = embed_in_every_way(tmp_path / "model", tmp_path)
     assert len(ways) == 4
     reference = ways["AutoModel"]
     assert reference.shape == (42, 64)
@@ -168,7 +168,7 @@ def test_quickstart_ways_agree(tmp_path, capsys, monkeypatch):
         assert np.abs(embeddings - reference).max() <= 1e-6, way
 
     # And the table is of these figures; a difference is an error.
-    monkeypatch.setattr("lusifer_hf.cli.run_quickstart", lambda folder, scratch: ways)
+    monkeypatch.setattr("lusifer_hf.quickstart.embed_in_every_way", lambda folder, scratch: ways)
     assert main(["quickstart"]) == 0
     printed = capsys.readouterr().out
     assert "The weights are random, so the embeddings mean nothing yet." in printed
@@ -183,7 +183,7 @@ def test_quickstart_ways_agree(tmp_path, capsys, monkeypatch):
 
 
 def test_quickstart_keeps_the_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lusifer_hf.cli._embed_with_remote_code", lambda *args: {})
+    monkeypatch.setattr("lusifer_hf.quickstart._embed_with_remote_code", lambda *args: {})
     folder = tmp_path / "kept"
     assert main(["quickstart", "--output", str(folder)]) == 0
     assert f"The model is in {folder}." in capsys.readouterr().out
