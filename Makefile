@@ -16,8 +16,9 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A thread each: workers that share cores wait for one another.
 test: install
-	$(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
 quickstart: install
 	$(BIN)/lusifer-hf quickstart

@@ -261,7 +261,7 @@ def main():
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of speed")
     args = parser.parse_args()
     if args.memory:
-        measure_memory([10_000, 30_000, 100_000])
+        measure_memory([20_000, 100_000, 300_000])
     elif args.size == "paper":
         compare("paper", torch.bfloat16, "cuda", args.texts or 2880, args.rounds, args.compile)
     else:

@@ -230,7 +230,7 @@ def broken(folder: Path, tmp_path: Path, **fields) -> Path:
         ({"llm_config__num_hidden_layers": 3}, r"do not fit its config.json \(missing_keys: llm.layers.2"),
         ({"llm_config__num_hidden_layers": 1}, r"do not fit its config.json \(unexpected_keys: llm.layers.1"),
         ({"projection": False}, "unexpected_keys: projection"),
-        ({"encoder_config__hidden_size": 32}, "ignore_mismatched_sizes"),
+        ({"encoder_config__hidden_size": 24}, "ignore_mismatched_sizes"),
         ({"num_added_tokens": 2}, "ignore_mismatched_sizes"),
         ({"num_added_tokens": -1}, "num_added_tokens=-1"),
         ({"pooling": "max"}, "pooling='max' is not one of 'mean'"),
