@@ -93,8 +93,8 @@ def _quickstart(output: str | None):
     for index, (language, sentences) in enumerate(SENTENCES.items()):
         rows = slice(index * len(sentences), (index + 1) * len(sentences))
         print(f"{language:8}  {differences[rows].max():18.1e}  {sentences[0][:60]}")
-    if not differences.max() <= 1e-6:
-        raise ValueError(f"The ways to load the model differ by {differences.max():.1e}, more than 1e-6.")
+    if not differences.max() <= 1e-5:
+        raise ValueError(f"The ways to load the model differ by {differences.max():.1e}, more than 1e-5.")
     print("\nAll ways give the same embeddings. The weights are random, so the embeddings mean nothing yet.")
     if output is not None:
         print(f"The model is in {output}.")

@@ -61,12 +61,18 @@ def packed_attention_forward(
 
     Half precision on CUDA runs `varlen_attn`, everything else one SDPA call per run of segments of equal length.
     """
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unsupported or cu_seq_lens_q is None:
-        reason = f"uses {', '.join(unsupported)}" if unsupported else "does not get the segments' lengths"
+    name = module.__class__.__name__
+    if cu_seq_lens_q is None:
         raise ValueError(
-            f"{module.__class__.__name__} {reason}: packed attention would be wrong. "
-            'Load the model with attn_implementation="eager".'
+            f"{name} was not told where texts begin: call the LUSIFER model, not one of its towers, or load it with "
+            'attn_implementation="sdpa".'
+        )
+    if unsupported := [
+        feature for feature in ("softcap", "s_aux", "position_bias") if kwargs.get(feature) is not None
+    ]:
+        raise ValueError(
+            f"{name} uses {', '.join(unsupported)}, which packed attention leaves out: load the model with "
+            'attn_implementation="eager".'
         )
     # The masks of "sdpa" and "eager" read the window from the config; the argument has flash attention's convention.
     window = module.config.sliding_window if sliding_window is not None else None
@@ -179,7 +185,7 @@ class LusiferMLP(nn.Module):
 
 
 class LusiferConnector(nn.Module):
-    """Maps the encoder's states to the LLM's input space, and owns the added tokens."""
+    """Maps the encoder's states to the LLM's input space and appends the added tokens."""
 
     def __init__(self, config: LusiferConfig):
         super().__init__()
@@ -192,13 +198,23 @@ class LusiferConnector(nn.Module):
             self.added_tokens = nn.Parameter(torch.empty(config.num_added_tokens, llm.hidden_size))
         self.config = config
 
-    def forward(self, hidden_states: torch.Tensor, embed_tokens: nn.Module) -> torch.Tensor:
-        """States `(B, L, encoder hidden size)` and the LLM's input embeddings give states `(B, L, H)`."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        embedding_table: torch.Tensor | None = None,
+        embedding_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """States `(B, L, encoder hidden size)` to `(B, T, H)`; the LLM's table `(vocabulary, H)` for that variant."""
         if self.config.connector == "ff":
-            return self.mlp(hidden_states)
-        states = self.vocabulary(hidden_states).softmax(dim=-1) @ embed_tokens.weight
-        scale = getattr(embed_tokens, "embed_scale", None)  # Gemma scales embeddings on their way out of the table
-        return states if scale is None else states * scale.to(states.dtype)
+            states = self.mlp(hidden_states)
+        else:
+            states = self.vocabulary(hidden_states).softmax(dim=-1) @ embedding_table
+            if embedding_scale is not None:
+                states = states * embedding_scale.to(states.dtype)
+        if self.config.num_added_tokens == 0:
+            return states
+        # Here, not in the model: wrappers (PEFT, FSDP, offloading) have the parameter ready in this forward only.
+        return torch.cat([states, self.added_tokens.to(states.dtype).expand(len(states), -1, -1)], dim=1)
 
 
 class LusiferPreTrainedModel(PreTrainedModel):
@@ -395,8 +411,12 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.long)
 
         encoder_states, layout = self._run_encoder(inputs, attention_mask.bool())
-        states = self.connector(encoder_states, self.llm.get_input_embeddings())
-        states, layout = self._append_added_tokens(states, layout)
+        table = ()
+        if self.config.connector == "embedding_table":
+            embed_tokens = self.llm.get_input_embeddings()
+            table = embed_tokens.weight, getattr(embed_tokens, "embed_scale", None)  # Gemma scales what leaves it
+        states = self.connector(encoder_states, *table).to(layout.mask.device)
+        states, layout = self._place_added_tokens(states, layout)
         outputs = self._run_llm(
             states,
             layout,
@@ -433,23 +453,20 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
             arguments["position_ids"] = torch.minimum(positions, lengths - 1) + self._first_position
         return _run_tower(self.encoder, layout, arguments).last_hidden_state, layout
 
-    def _append_added_tokens(self, states: torch.Tensor, layout: _Layout) -> tuple[torch.Tensor, _Layout]:
-        """States `(B, L, H)` to `(B, T, H)`: each row's tokens, then the added tokens."""
+    def _place_added_tokens(self, states: torch.Tensor, layout: _Layout) -> tuple[torch.Tensor, _Layout]:
+        """Move the added tokens of states `(B, T, H)` from after the padding to after each row's tokens."""
         num_added = self.config.num_added_tokens
         if num_added == 0:
             return states, layout
-        batch, length, _ = states.shape
-        added = self.connector.added_tokens.to(states.dtype).expand(batch, -1, -1)
-        states = torch.cat([states, added], dim=1)
+        batch, length = layout.mask.shape
         positions = torch.arange(length + num_added, device=states.device).expand(batch, -1)
         if self.config.added_token_positions == "after_padding":
             mask = torch.cat([layout.mask, layout.mask.new_ones(batch, num_added)], dim=1)
             return states, _Layout(mask, positions)
         lengths = layout.mask.sum(dim=1, keepdim=True)
-        is_added = (positions >= lengths) & (positions < lengths + num_added)
-        source = torch.where(is_added, positions - lengths + length, positions)
-        states = _take_positions(states, source)
-        return states, _Layout(positions < lengths + num_added, positions)
+        mask = positions < lengths + num_added
+        source = torch.where(mask & (positions >= lengths), positions - lengths + length, positions)
+        return _take_positions(states, source), _Layout(mask, positions)
 
     def _run_llm(self, states: torch.Tensor, layout: _Layout, **outputs) -> ModelOutput:
         """States `(B, T, H)` through the bidirectional LLM."""
@@ -539,19 +556,24 @@ def _check_lengths(lengths: torch.Tensor, padded_length: int, limit: int | None)
 def _run_tower(tower: PreTrainedModel, layout: _Layout, arguments: dict) -> ModelOutput:
     """Run a tower on padded inputs, packed inside if its attention takes segments; the states come back padded."""
     implementation = tower.config._attn_implementation
+    device = layout.mask.device  # where the parts of a model that is spread over devices meet
     if implementation == "sdpa" and getattr(tower.config, "attn_logit_softcapping", None) is not None:
         # transformers refuses this from 5.23 on, and left the cap out before.
         raise ValueError(
             f'{tower.__class__.__name__} caps its attention logits: load it with attn_implementation="eager".'
         )
     if implementation != "packed" and "flash" not in implementation:
-        return tower(**arguments, attention_mask=layout.mask.long())
+        outputs = tower(**arguments, attention_mask=layout.mask.long())
+        outputs.last_hidden_state = outputs.last_hidden_state.to(device)
+        return outputs
+    if not tower._supports_attention_backend:
+        raise ValueError(f'{tower.__class__.__name__} cannot run {implementation!r}: load it with "sdpa" or "eager".')
     packed = {name: layout.pack(value) if torch.is_tensor(value) else value for name, value in arguments.items()}
     outputs = tower(**packed, **layout.segments)
-    outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state)
+    outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state.to(device))
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(
-            None if states is None else layout.unpack(states) for states in outputs.hidden_states
+            None if states is None else layout.unpack(states.to(device)) for states in outputs.hidden_states
         )
     return outputs
 

@@ -240,7 +240,7 @@ def test_flash_attention_gets_segments(flash_calls):
 
 def test_packed_attention_without_segments_is_refused():
     model = tiny_model()
-    with pytest.raises(ValueError, match="does not get the segments' lengths"):
+    with pytest.raises(ValueError, match="not told where texts begin: call the LUSIFER model"):
         model.llm(inputs_embeds=torch.randn(1, 5, 48))
 
 
@@ -287,3 +287,9 @@ class TestCompile:
         dynamic = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes)
         other = pad(random_texts([6, 12, 7, 2]))
         assert_same(dynamic.module()(**other).pooler_output, embed(model, **other))
+
+
+def test_packed_is_refused_where_attention_would_ignore_it():
+    model = with_attention({"encoder_config": "packed"}, encoder="deberta-v2")
+    with pytest.raises(ValueError, match=r'DebertaV2Model cannot run .packed.: load it with "sdpa" or "eager"'):
+        embed(model)

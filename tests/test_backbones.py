@@ -12,6 +12,7 @@ from conftest import (
     EAGER_ONLY,
     ENCODERS,
     LLMS,
+    VOCABULARY,
     assert_distinct,
     assert_same,
     backbone_config,
@@ -143,8 +144,11 @@ def test_embedding_table_gives_the_llms_own_embeddings(llm):
     model.connector.vocabulary.weight.zero_()
     model.connector.vocabulary.bias.fill_(-100.0)[token] = 100.0
     embed_tokens = model.llm.get_input_embeddings()
-    states = model.connector(torch.randn(1, 3, 32), embed_tokens)
-    assert_same(states, embed_tokens(torch.full((1, 3), token)))
+    seen = []
+    model.llm.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["inputs_embeds"]), with_kwargs=True)
+    model.set_attn_implementation("eager")
+    model(torch.randint(5, VOCABULARY, (1, 3)))
+    assert_same(seen[0][:, :3], embed_tokens(torch.full((1, 3), token)))  # then the added token
 
 
 @pytest.mark.parametrize("llm", ["llama", "qwen2", "gemma3_text"])

@@ -165,7 +165,7 @@ def test_quickstart_ways_agree(tmp_path, capsys, monkeypatch):
     assert reference.shape == (42, 64)
     assert_distinct(reference)
     for way, embeddings in ways.items():
-        assert np.abs(embeddings - reference).max() <= 1e-6, way
+        assert np.abs(embeddings - reference).max() <= 1e-5, way
 
     # And the table is of these figures; a difference is an error.
     monkeypatch.setattr("lusifer_hf.quickstart.embed_in_every_way", lambda folder, scratch: ways)
@@ -178,7 +178,7 @@ def test_quickstart_ways_agree(tmp_path, capsys, monkeypatch):
     ways["SentenceTransformer"][40] += 1e-3
     assert main(["quickstart"]) == 1
     captured = capsys.readouterr()
-    assert "error: The ways to load the model differ by 1.0e-03, more than 1e-6." in captured.err
+    assert "error: The ways to load the model differ by 1.0e-03, more than 1e-5." in captured.err
     assert "All ways give" not in captured.out
 
 

@@ -82,3 +82,11 @@ def test_autocast(tiny_repository, sentences, expected):
         embeddings = model.encode(sentences)
     assert embeddings.dtype == np.float32
     assert cosine(embeddings, expected).min() > 0.98
+
+
+def test_parts_on_disk(tiny_repository, sentences, tmp_path):
+    """The connector's raw parameter too is there when it is needed, whoever holds the weights."""
+    places = {"encoder": "cpu", "connector": "disk", "llm": "disk", "projection": "cpu"}
+    model = LusiferModel.from_pretrained(tiny_repository, device_map=places, offload_folder=tmp_path)
+    assert model.connector.added_tokens.is_meta
+    assert_same(model.encode(sentences), LusiferModel.from_pretrained(tiny_repository).encode(sentences))
