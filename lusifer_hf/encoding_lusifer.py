@@ -39,7 +39,7 @@ class RepositoryMixin:
     # Arguments of `AutoTokenizer.from_pretrained`; None for a model that was not loaded from anywhere.
     tokenizer_source: dict | None = None
     llm_tokenizer_source: dict | None = None
-    # Tensors of a freshly composed or converted model that only its first saved folder holds.
+    # Of a freshly composed or converted model: tensors that `save_pretrained` adds, for the alignment stage.
     lm_head_to_save: dict[str, torch.Tensor] | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
 

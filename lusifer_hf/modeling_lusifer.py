@@ -214,7 +214,7 @@ class LusiferConnector(nn.Module):
         if self.config.num_added_tokens == 0:
             return states
         # Here, not in the model: wrappers (PEFT, FSDP, offloading) have the parameter ready in this forward only.
-        return torch.cat([states, self.added_tokens.to(states.dtype).expand(len(states), -1, -1)], dim=1)
+        return torch.cat([states, self.added_tokens.to(states.dtype).expand(states.shape[0], -1, -1)], dim=1)
 
 
 class LusiferPreTrainedModel(PreTrainedModel):
