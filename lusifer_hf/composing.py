@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .modeling_lusifer import LusiferModel
-from .publishing import new_folder
+from .publishing import new_folder, save_repository
 
 
 def compose(encoder: str, llm: str, output: str | Path, **options) -> LusiferModel:
@@ -22,8 +22,5 @@ def compose(encoder: str, llm: str, output: str | Path, **options) -> LusiferMod
     """
     with new_folder(output) as folder:
         model = LusiferModel.from_backbones(encoder, llm, **options)
-        model.save_pretrained(folder)
-        for tokenizer, source in ((folder, encoder), (folder / "llm_tokenizer", llm)):
-            if not (tokenizer / "tokenizer_config.json").exists():
-                raise ValueError(f"{source} has no tokenizer: a repository needs both backbones' tokenizers.")
+        save_repository(model, folder)
     return model

@@ -46,7 +46,7 @@ class LusiferConfig(PreTrainedConfig):
     """
 
     model_type = "lusifer"
-    sub_configs = {"encoder_config": AutoConfig, "llm_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+    sub_configs = {"encoder_config": AutoConfig, "llm_config": AutoConfig}
 
     encoder_config: dict | PreTrainedConfig | None = None
     llm_config: dict | PreTrainedConfig | None = None

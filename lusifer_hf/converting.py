@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .configuration_lusifer import LusiferConfig
 from .modeling_lusifer import LusiferModel
-from .publishing import new_folder
+from .publishing import new_folder, save_repository
 
 
 logger = logging.get_logger(__name__)
@@ -164,7 +164,9 @@ def convert(
 
         lora_alpha = arguments.get("lora_alpha") if lora_alpha is None else lora_alpha
         if loras and lora_alpha is None:
-            raise ValueError(f"{source} holds LoRA tensors but does not tell their alpha: set `lora_alpha`.")
+            raise ValueError(
+                f"{source} holds LoRA tensors but does not tell their alpha: set lora_alpha (--lora-alpha)."
+            )
         if keep_adapters:
             _save_adapter(tensors, loras, lora_alpha, arguments.get("dropout", 0.0), model, folder / "adapter")
         else:
@@ -182,8 +184,7 @@ def convert(
             model.load_state_dict(tensors, strict=False)
             model.check_bidirectional()
         model.lm_head_to_save = lm_head or model.lm_head_to_save
-        model.tokenizer  # noqa: B018 (a repository without a tokenizer is an error, not a warning)
-        model.save_pretrained(folder)
+        save_repository(model, folder)
     return report
 
 
@@ -243,11 +244,11 @@ def _refuse_nv_embed(arguments: dict, stored: dict[str, torch.Tensor]):
 
 def _backbone(option: str, name: str | None) -> tuple[str, PreTrainedConfig]:
     if name is None:
-        raise ValueError(f"No config.json with the checkpoint names its backbones: set `{option}`.")
+        raise ValueError(f"No config.json with the checkpoint names its backbones: set {option} (--{option}).")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"No config could be loaded from {name}: set `{option}` to the backbone's id.") from error
+        raise ValueError(f"No config could be loaded from {name}: set {option} (--{option}).") from error
     config.name_or_path = Path(name).name if Path(name).exists() else name
     return str(name), config
 

@@ -247,7 +247,7 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
     ```
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 (kept by `compose` for the alignment stage)
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # kept for the alignment stage
 
     def __init__(self, config: LusiferConfig):
         config.validate_fields()  # `from_pretrained(folder, pooling=...)` sets fields after the config's own check

@@ -1,9 +1,11 @@
-"""Write a model as a complete repository in one step: the folder is there whole, or not at all."""
+"""Write a model as a complete repository: the folder is there whole, or not at all."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .modeling_lusifer import LusiferModel
 
 
 @contextmanager
@@ -28,3 +30,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def save_repository(model: LusiferModel, folder: Path):
+    """Save a model with both tokenizers: without one, which `save_pretrained` warns about, it is no repository."""
+    model.save_pretrained(folder)
+    for path, source in ((folder, model.tokenizer_source), (folder / "llm_tokenizer", model.llm_tokenizer_source)):
+        if not (path / "tokenizer_config.json").exists():
+            name = source["pretrained_model_name_or_path"]
+            raise ValueError(f"{name} has no tokenizer: a repository needs both backbones' tokenizers.")

@@ -101,7 +101,7 @@ def test_refused_rows(attn_implementation, what):
 class TestAfterPadding:
     """`added_token_positions="after_padding"`, the research code's choice, breaks the contract, and only it does."""
 
-    fields = {"added_token_positions": "after_padding", "num_added_tokens": 2}  # noqa: RUF012
+    fields = {"added_token_positions": "after_padding", "num_added_tokens": 2}
 
     def test_depends_on_the_padded_length(self, attn_implementation):
         model = tiny_model(attn_implementation=attn_implementation, **self.fields)

@@ -156,7 +156,7 @@ def test_complete_repository_without_backbone_weights(tmp_path, folders, researc
     # The options win over the names in config.json.
     gone = {"universal_learner_name_or_path": "/gone", "encoder_name_or_path": "/gone"}
     write(published, research, **arguments | gone)
-    with pytest.raises(ValueError, match="/gone: set `encoder`"):
+    with pytest.raises(ValueError, match="/gone: set encoder"):
         convert(published, tmp_path / "other")
     convert(published, tmp_path / "other", **options)
     assert_same(embed(tmp_path / "other", sentences), model.encode(sentences))
@@ -340,9 +340,9 @@ def test_training_checkpoint(tmp_path, folders, research, sentences):
     source.mkdir()
     torch.save({"model": trained_part(tensors), "optimizer": {}, "current_step": 3}, source / "lastest.ckpt")
 
-    with pytest.raises(ValueError, match="set `encoder`"):
+    with pytest.raises(ValueError, match="set encoder"):
         convert(source, tmp_path / "model")
-    with pytest.raises(ValueError, match="set `lora_alpha`"):
+    with pytest.raises(ValueError, match="set lora_alpha"):
         convert(source, tmp_path / "model", **folders)
     report = convert(source, tmp_path / "model", lora_alpha=8, **folders)
     assert "llm.norm.weight" in report.from_backbones and "connector.added_tokens" not in report.from_backbones
