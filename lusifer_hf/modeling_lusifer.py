@@ -76,6 +76,8 @@ def packed_attention_forward(
         )
     # The masks of "sdpa" and "eager" read the window from the config; the argument has flash attention's convention.
     window = module.config.sliding_window if sliding_window is not None else None
+    if window is not None and max_length_q <= window:
+        window = None
     grouped = query.shape[1] != key.shape[1]
 
     fits_kernel = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and dropout == 0.0
