@@ -138,7 +138,6 @@ class EncodingMixin:
         """[`~EncodingMixin.encode`] with the document prompt."""
         return self.encode(sentences, prompt_name="document", instruction=instruction, **kwargs)
 
-    @torch.inference_mode()
     def encode(
         self,
         sentences: str | Sequence[str],
@@ -205,11 +204,13 @@ class EncodingMixin:
         if compile_layers:
             self.compile_layers()
 
-        embeddings = torch.empty(len(sentences), truncate_dim or self.config.hidden_size)
-        was_training = self.training
+        # Made outside of inference mode, so that training code can use it.
+        embeddings = torch.empty(len(sentences), truncate_dim or self.config.hidden_size, dtype=torch.float32)
+        in_training = [module for module in self.modules() if module.training]
         self.eval()
+        bar = {"total": len(sentences), "desc": "Encoding", "unit": "text", "disable": not show_progress_bar}
         try:
-            with tqdm(total=len(sentences), desc="Encoding", unit="text", disable=not show_progress_bar) as progress:
+            with torch.inference_mode(), tqdm(**bar) as progress:
                 for start, window in _windows(sentences):
                     texts = [prefix + text for text in window]
                     ids = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
@@ -220,7 +221,8 @@ class EncodingMixin:
                         embeddings[torch.tensor(rows) + start] = vectors.cpu()
                         progress.update(len(rows))
         finally:
-            self.train(was_training)
+            for module in in_training:
+                module.training = True
         if single:
             embeddings = embeddings[0]
         return embeddings.numpy() if convert_to == "numpy" else embeddings

@@ -126,11 +126,16 @@ def test_forward_refuses_what_it_cannot_embed(model):
 
 def test_training_mode_is_restored_and_dropout_is_off(model):
     model.train()
+    model.encoder.eval()  # frozen, say
     try:
-        np.testing.assert_array_equal(model.encode(TEXTS), model.encode(TEXTS))
-        assert model.training
+        vectors = model.encode(TEXTS, convert_to="torch")
+        assert torch.equal(model.encode(TEXTS, convert_to="torch"), vectors)
+        assert model.training and model.llm.training and not model.encoder.training
     finally:
         model.eval()
+    weight = torch.ones(64, requires_grad=True)
+    (vectors * weight).sum().backward()  # no inference tensor
+    torch.testing.assert_close(weight.grad, vectors.sum(dim=0))
 
 
 def test_length_is_capped_once(model, caplog):
