@@ -2,7 +2,7 @@
 Speed of `model.encode` against the padded loop of the research code and against stock sentence-transformers.
 
 Every contender embeds the same texts with the same weights and must return the same vectors; rounds are interleaved
-and figures are ratios of medians, since machines are noisy.
+(but for the compiled layers, which cannot be undone and so come last) and figures are ratios of medians.
 
     python benchmarks/encode.py                       # 36 M parameters, float32 and bfloat16, this CPU
     python benchmarks/encode.py --size paper          # XLM-R-large + Mistral-7B dimensions, bfloat16, CUDA

@@ -50,11 +50,11 @@ class LusiferConfig(PreTrainedConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     llm_config: dict | PreTrainedConfig | None = None
-    connector: str = "ff"
+    connector: Connector = "ff"
     num_added_tokens: int = 1
-    pooling: str = "mean"
+    pooling: Pooling = "mean"
     projection: bool = True
-    added_token_positions: str = "contiguous"
+    added_token_positions: AddedTokenPositions = "contiguous"
     prompt_template: str = "default"
     default_instruction: str = "Given a web search query, retrieve relevant passages that answer the query:"
     initializer_range: float = 0.02

@@ -25,9 +25,9 @@ logger = logging.get_logger(__name__)
 # Long enough to sort well, short enough that ids never pile up.
 WINDOW_TEXTS = 8192
 WINDOW_CHARACTERS = 8_000_000
-DEFAULT_TOKENS_PER_BATCH = {"cpu": 4096}
-ACCELERATOR_TOKENS_PER_BATCH = 16384
 
+_SET_TOKENIZER = 'Set one: model.tokenizer = AutoTokenizer.from_pretrained("the encoder\'s id").'
+_UPLOAD_ARGUMENTS = ("repo_id", "private", "commit_message", "commit_description", "revision", "create_pr")
 REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.15"}
 # In an installed package and in a checkout; a model that was loaded as remote code has neither.
 CARD_TEMPLATES = (Path(__file__).with_name("model_card.md"), Path(__file__).parents[1] / "model_card" / "template.md")
@@ -198,7 +198,7 @@ class EncodingMixin:
         if convert_to not in ("numpy", "torch"):
             raise ValueError(f"convert_to={convert_to!r} is not one of 'numpy', 'torch'.")
         if max_tokens_per_batch is None:
-            max_tokens_per_batch = DEFAULT_TOKENS_PER_BATCH.get(self.device.type, ACCELERATOR_TOKENS_PER_BATCH)
+            max_tokens_per_batch = 4096 if self.device.type == "cpu" else 16384
         if show_progress_bar is None:
             show_progress_bar = logger.getEffectiveLevel() <= logging.INFO
         if compile_layers:
@@ -369,7 +369,3 @@ def _upload(folder: Path, repo_id: str, token=None, private=None, **commit) -> s
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit.setdefault("commit_message", "Upload LUSIFER model")
     return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
-
-
-_SET_TOKENIZER = 'Set one: model.tokenizer = AutoTokenizer.from_pretrained("the encoder\'s id").'
-_UPLOAD_ARGUMENTS = ("repo_id", "private", "commit_message", "commit_description", "revision", "create_pr")

@@ -17,6 +17,8 @@ from lusifer_hf import LusiferConfig, LusiferModel
 from lusifer_hf.quickstart import SENTENCES, make_tiny_backbones
 
 
+SHARED = Path(os.environ.get("LUSIFER_SHARED", Path(__file__).parents[2] / "shared"))
+ON_CI = os.environ.get("CI", "").lower() in ("true", "1")
 VOCABULARY = 96
 # By model type. Grouped key/value heads wherever the family has them.
 ENCODERS = {
@@ -180,7 +182,7 @@ def assert_distinct(embeddings):
 
 def unavailable(reason: str):
     """Skip, but fail on CI, where everything must be there."""
-    if os.environ.get("CI", "").lower() in ("true", "1"):
+    if ON_CI:
         pytest.fail(reason)
     pytest.skip(reason)
 
@@ -188,10 +190,9 @@ def unavailable(reason: str):
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """The folder with real text and reference values that stands beside the repository."""
-    folder = Path(os.environ.get("LUSIFER_SHARED", Path(__file__).parents[2] / "shared"))
-    if not (folder / "data").is_dir():
-        unavailable(f"No data in {folder}: set LUSIFER_SHARED to the folder that holds data/raw/LANG.txt.gz.")
-    return folder
+    if not (SHARED / "data").is_dir():
+        unavailable(f"No data in {SHARED}: set LUSIFER_SHARED to the folder that holds data/raw/LANG.txt.gz.")
+    return SHARED
 
 
 @pytest.fixture(scope="session")

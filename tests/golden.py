@@ -1,19 +1,18 @@
 """The research code's golden values, which stand in ../shared/golden beside the repository (or in LUSIFER_SHARED)."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from conftest import ON_CI, SHARED
 from safetensors.torch import load_file
 
 
-GOLDEN = Path(os.environ.get("LUSIFER_SHARED", Path(__file__).parents[2] / "shared")) / "golden"
+GOLDEN = SHARED / "golden"
 
 # On CI the values must be there: nothing is skipped, and `golden_case` fails.
 needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir() and os.environ.get("CI", "").lower() not in ("true", "1"),
-    reason="needs ../shared/golden, or LUSIFER_SHARED",
+    not GOLDEN.is_dir() and not ON_CI, reason="needs ../shared/golden, or LUSIFER_SHARED"
 )
 
 

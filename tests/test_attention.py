@@ -3,11 +3,22 @@ Contract P3: the attention implementation never changes an embedding. eager = sd
 sliding windows, pooling and output; whatever cannot be computed right is refused with the way out.
 """
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from conftest import EAGER_ONLY, ENCODERS, LLMS, assert_distinct, assert_same, pad, random_texts, tiny_model
+from conftest import (
+    EAGER_ONLY,
+    ENCODERS,
+    LLMS,
+    assert_distinct,
+    assert_same,
+    pad,
+    random_texts,
+    tiny_model,
+    unavailable,
+)
 from transformers import AttentionInterface
 
 from lusifer_hf import LusiferModel
@@ -140,16 +151,15 @@ class TestOutputs:
             assert_same(states[kept], expected[kept])
         assert_same(output.hidden_states[-1][kept], output.last_hidden_state[kept])
 
-    @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
-    def test_outputs_asked_for_in_the_config(self, attn_implementation, name):
-        if name == "output_attentions" and attn_implementation != "eager":
-            pytest.skip("attention weights exist with eager attention only")
-        model = with_attention(attn_implementation)
-        setattr(model.config, name, True)
-        asked = model(**pad(random_texts(LENGTHS)))
-        assert getattr(asked, name.removeprefix("output_")) is not None
-        declined = model(**pad(random_texts(LENGTHS)), **{name: False})
-        assert getattr(declined, name.removeprefix("output_")) is None
+    def test_outputs_asked_for_in_the_config(self, attn_implementation):
+        # Attention weights exist with eager attention only.
+        for name in ("output_hidden_states", "output_attentions")[: 2 if attn_implementation == "eager" else 1]:
+            model = with_attention(attn_implementation)
+            setattr(model.config, name, True)
+            asked = model(**pad(random_texts(LENGTHS)))
+            assert getattr(asked, name.removeprefix("output_")) is not None
+            declined = model(**pad(random_texts(LENGTHS)), **{name: False})
+            assert getattr(declined, name.removeprefix("output_")) is None
 
     def test_inputs_embeds(self, attn_implementation):
         model, inputs, output = self.run(attn_implementation)
@@ -256,12 +266,14 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompile:
-    """`backend="aot_eager"` traces as the real compiler does, without minutes of code generation."""
+    """The backends "eager" and "aot_eager" trace as the real compiler does, without minutes of code generation."""
 
-    @pytest.mark.parametrize("attn_implementation", [None, "sdpa"])
-    def test_whole_model(self, attn_implementation):
+    @pytest.mark.parametrize(("attn_implementation", "backend"), [(None, "eager"), ("sdpa", "inductor")])
+    def test_whole_model(self, attn_implementation, backend):
+        if backend == "inductor" and shutil.which("g++") is None:
+            unavailable("torch.compile needs a C++ compiler")
         model = with_attention(attn_implementation, **ONE_LAYER)
-        compiled = torch.compile(model, backend="eager", fullgraph=attn_implementation == "sdpa")
+        compiled = torch.compile(model, backend=backend, fullgraph=attn_implementation == "sdpa")
         for lengths, side in (([4, 4, 7], "right"), ([3, 9], "left")):
             inputs = pad(random_texts(lengths), side)
             assert_same(embed(compiled, **inputs), embed(model, **inputs))
