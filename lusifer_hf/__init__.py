@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel
 
 from .configuration_lusifer import LusiferConfig
+from .modeling_alignment import LusiferForAlignment
 from .modeling_lusifer import LusiferModel, LusiferModelOutput
 
 
@@ -11,4 +12,4 @@ __version__ = "0.1.0"
 AutoConfig.register("lusifer", LusiferConfig)
 AutoModel.register(LusiferConfig, LusiferModel)
 
-__all__ = ["LusiferConfig", "LusiferModel", "LusiferModelOutput"]
+__all__ = ["LusiferConfig", "LusiferForAlignment", "LusiferModel", "LusiferModelOutput"]

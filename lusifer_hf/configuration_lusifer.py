@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 Connector = Literal["ff", "embedding_table"]
 Pooling = Literal["mean", "weightedmean", "cls", "lasttoken"]
 AddedTokenPositions = Literal["contiguous", "after_padding"]
+AlignmentAttention = Literal["bidirectional", "prefix_lm"]
 
 # Prefixes: every text is embedded as `prefix + text`, so the same strings serve sentence-transformers and mteb.
 # "research" is the exact formatting of the published code, which keeps its "." after an empty instruction.
@@ -39,6 +40,10 @@ class LusiferConfig(PreTrainedConfig):
         added_token_positions (`str`, *optional*, defaults to `"contiguous"`):
             `"contiguous"`: the added tokens follow the last real token, so an embedding does not depend on its batch.
             `"after_padding"`: they take the positions after the padded length, as the research code places them.
+        alignment_attention (`str`, *optional*, defaults to `"bidirectional"`):
+            How the LLM attends in the alignment stage; embedding is always bidirectional. `"bidirectional"`: every
+            position of the LLM's text sees every other, as in the research code, so tokens must be masked.
+            `"prefix_lm"`: a position of the LLM's text sees the encoder's states and the text before it.
         prompt_template (`str`, *optional*, defaults to `"default"`):
             Name of the formatting of instructions, a key of `PROMPT_TEMPLATES`.
         default_instruction (`str`, *optional*):
@@ -55,6 +60,7 @@ class LusiferConfig(PreTrainedConfig):
     pooling: Pooling = "mean"
     projection: bool = True
     added_token_positions: AddedTokenPositions = "contiguous"
+    alignment_attention: AlignmentAttention = "bidirectional"
     prompt_template: str = "default"
     default_instruction: str = "Given a web search query, retrieve relevant passages that answer the query:"
     initializer_range: float = 0.02
@@ -78,6 +84,7 @@ class LusiferConfig(PreTrainedConfig):
             "connector": get_args(Connector),
             "pooling": get_args(Pooling),
             "added_token_positions": get_args(AddedTokenPositions),
+            "alignment_attention": get_args(AlignmentAttention),
             "prompt_template": tuple(PROMPT_TEMPLATES),
         }
         for name, allowed in choices.items():

@@ -10,7 +10,7 @@ tower that runs "packed" (the default where the backbone allows it) the N kept t
 
 import inspect
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial, reduce
 from pathlib import Path
 
 import torch
@@ -54,10 +54,18 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,  # (B + 1,)
     max_length_q: int | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,  # (B + 1,)
+    max_length_k: int | None = None,
+    visible_keys: torch.Tensor | None = None,  # (K,)
+    prefix: torch.Tensor | None = None,  # (P,)
+    cu_seq_lens_prefix: torch.Tensor | None = None,  # (B + 1,)
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
     Full attention inside each of the B segments of one packed sequence; returns states `(1, N, heads, head_dim)`.
+
+    The alignment stage may hide all positions but `visible_keys` as keys, or let only the positions `prefix`, with
+    which segments begin, see each other, and every other position see what stands before it.
 
     Half precision on CUDA runs `varlen_attn`, everything else one SDPA call per run of segments of equal length.
     """
@@ -81,36 +89,51 @@ def packed_attention_forward(
     grouped = query.shape[1] != key.shape[1]
 
     fits_kernel = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and dropout == 0.0
+    if visible_keys is not None and (prefix is not None or window is not None):
+        fits_kernel = False  # it counts distances in keys, so none may be left out
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and fits_kernel:
-        states = varlen_attn(
-            *(states[0].transpose(0, 1) for states in (query, key, value)),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, -1) if window is None else (window, window),
-            **(_VARLEN_GQA if grouped else {}),
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        attend = partial(varlen_attn, scale=scaling, **(_VARLEN_GQA if grouped else {}))
+        left, right = (-1, -1) if window is None else (window, window)
+        if visible_keys is not None:
+            key, value = key.index_select(0, visible_keys), value.index_select(0, visible_keys)
+        states = attend(
+            *(query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k),
+            window_size=(left, right if prefix is None else 0),
         )
+        if prefix is not None:
+            inside = attend(
+                *(states.index_select(0, prefix) for states in (query, key, value)),
+                *(cu_seq_lens_prefix, cu_seq_lens_prefix, max_length_q, max_length_q),
+                window_size=(left, right),
+            )
+            states = states.index_copy(0, prefix, inside)
         return states.unsqueeze(0), None
 
-    outputs, start = [], 0
+    outputs, start, row = [], 0, 0
+    if visible_keys is not None:
+        visible = torch.zeros_like(query[0, 0, :, 0], dtype=torch.bool).index_fill(0, visible_keys, True)  # (N,)
     lengths, counts = cu_seq_lens_q.diff().unique_consecutive(return_counts=True)
     for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
         end = start + length * count
-        mask = None
+        masks = []
+        positions = torch.arange(length, device=query.device)
         if window is not None and length > window:
-            positions = torch.arange(length, device=query.device)
-            mask = (positions[:, None] - positions).abs() <= window
+            masks.append((positions[:, None] - positions).abs() <= window)
+        if visible_keys is not None:
+            masks.append(visible[start:end].view(count, 1, 1, length))
+        if prefix is not None:
+            prefix_lengths = cu_seq_lens_prefix.diff()[row : row + count]
+            masks.append((positions < prefix_lengths.view(-1, 1, 1, 1)) | (positions <= positions[:, None]))
         states = nn.functional.scaled_dot_product_attention(
             *(states[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)),
-            attn_mask=mask,
+            attn_mask=reduce(torch.logical_and, masks) if masks else None,
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=grouped,
         )
         outputs.append(states.transpose(1, 2).flatten(0, 1))  # (count * length, heads, head_dim)
-        start = end
+        start, row = end, row + count
     return torch.cat(outputs).unsqueeze(0), None
 
 
@@ -140,6 +163,10 @@ class _Layout:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+    def padded_mask(self, config, arguments: dict) -> torch.Tensor:
+        """The `attention_mask` of a tower that runs padded, on these other arguments."""
+        return self.mask.long()
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         return states.flatten(0, 1)[self.kept].unsqueeze(0)  # (1, N, ...)
@@ -233,6 +260,42 @@ class LusiferPreTrainedModel(PreTrainedModel):
         if isinstance(module, LusiferConnector) and self.config.num_added_tokens:
             init.normal_(module.added_tokens, mean=0.0, std=self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As [`~PreTrainedModel.from_pretrained`], but weights that do not fit the config, and an LLM that stays causal,
+        are errors instead of a model that embeds wrongly.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file of {pretrained_model_name_or_path} is damaged ({error}): download or copy it again."
+            ) from error
+        embedder = model.base_model
+        embedder.tokenizer_source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **source}
+        llm_folder = "/".join(filter(None, [source.get("subfolder"), "llm_tokenizer"]))
+        embedder.llm_tokenizer_source = {**embedder.tokenizer_source, "subfolder": llm_folder}
+        fresh = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+        if any(name.startswith("lm_head.") for name in fresh):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no LM head that fits the LLM, and the alignment stage would "
+                "train against a random one. Start from a folder that `lusifer-hf compose`, `lusifer-hf convert` or "
+                "the alignment stage wrote: a model that was saved after any other training has none."
+            )
+        misfits = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:5])}" for kind in _MISFITS if info[kind]]
+        if misfits and not kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(misfits)}). "
+                "Take config.json and the weights from one save."
+            )
+        embedder.check_bidirectional()
+        return (model, info) if wants_info else model
+
 
 class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
     """
@@ -264,34 +327,6 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         self._encoder_takes_positions = "position_ids" in inspect.signature(self.encoder.forward).parameters
         self._first_position = _first_position(self.encoder)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        As [`~PreTrainedModel.from_pretrained`], but weights that do not fit the config, and an LLM that stays causal,
-        are errors instead of a model that embeds wrongly.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        source = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise OSError(
-                f"A weights file of {pretrained_model_name_or_path} is damaged ({error}): download or copy it again."
-            ) from error
-        model.tokenizer_source = {"pretrained_model_name_or_path": pretrained_model_name_or_path, **source}
-        llm_folder = "/".join(filter(None, [source.get("subfolder"), "llm_tokenizer"]))
-        model.llm_tokenizer_source = {**model.tokenizer_source, "subfolder": llm_folder}
-        misfits = [f"{kind}: {', '.join(sorted(info[kind])[:5])}" for kind in _MISFITS if info[kind]]
-        if misfits and not kwargs.get("ignore_mismatched_sizes"):
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(misfits)}). "
-                "Take config.json and the weights from one save."
-            )
-        model.check_bidirectional()
-        return (model, info) if wants_info else model
 
     @classmethod
     def from_backbones(
@@ -412,13 +447,7 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.long)
 
-        encoder_states, layout = self._run_encoder(inputs, attention_mask.bool())
-        table = ()
-        if self.config.connector == "embedding_table":
-            embed_tokens = self.llm.get_input_embeddings()
-            table = embed_tokens.weight, getattr(embed_tokens, "embed_scale", None)  # Gemma scales what leaves it
-        states = self.connector(encoder_states, *table).to(layout.mask.device)
-        states, layout = self._place_added_tokens(states, layout)
+        states, layout = self._embed_in_llm(inputs, attention_mask.bool())
         outputs = self._run_llm(
             states,
             layout,
@@ -437,6 +466,16 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         )
         # PEFT passes None, which means the default.
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
+
+    def _embed_in_llm(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
+        """Ids `(B, L)` or embeddings `(B, L, ...)` to the LLM's input states `(B, T, H)`, added tokens included."""
+        encoder_states, layout = self._run_encoder(inputs, mask)
+        table = ()
+        if self.config.connector == "embedding_table":
+            embed_tokens = self.llm.get_input_embeddings()
+            table = embed_tokens.weight, getattr(embed_tokens, "embed_scale", None)  # Gemma scales what leaves it
+        states = self.connector(encoder_states, *table).to(layout.mask.device)
+        return self._place_added_tokens(states, layout)
 
     def _run_encoder(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
         """Ids `(B, L)` or embeddings `(B, L, ...)` to the encoder's last states `(B, L, ...)`, kept tokens first."""
@@ -565,7 +604,7 @@ def _run_tower(tower: PreTrainedModel, layout: _Layout, arguments: dict) -> Mode
             f'{tower.__class__.__name__} caps its attention logits: load it with attn_implementation="eager".'
         )
     if implementation != "packed" and "flash" not in implementation:
-        outputs = tower(**arguments, attention_mask=layout.mask.long())
+        outputs = tower(**arguments, attention_mask=layout.padded_mask(tower.config, arguments))
         outputs.last_hidden_state = outputs.last_hidden_state.to(device)
         return outputs
     if not tower._supports_attention_backend:

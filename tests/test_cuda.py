@@ -1,5 +1,6 @@
 """
-P3 on CUDA: packed attention (`varlen_attn` in half precision, SDPA otherwise) equals the padded implementations.
+P3 on CUDA: packed attention (`varlen_attn` in half precision, SDPA otherwise) equals the padded implementations, also
+with the hidden keys and the prefixes of the alignment stage.
 """
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from lusifer_hf import LusiferModel
+from lusifer_hf import LusiferForAlignment, LusiferModel
 from lusifer_hf.composing import compose
 from lusifer_hf.quickstart import SENTENCES, make_tiny_backbones
 
@@ -83,3 +84,37 @@ def test_four_bit_weights(folder):
             weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             rounded.get_submodule(name).weight.data = weight.to(torch.bfloat16)
     assert cosine(quantized.encode(TEXTS), rounded.encode(TEXTS)) > 0.99
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "prefix_lm"])
+def test_alignment_packed_equals_padded(folder, attention):
+    tokenizer = LusiferModel.from_pretrained(folder).tokenizer
+    batch = dict(tokenizer(TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt").to("cuda"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 500, (len(TEXTS), 30), generator=generator)
+    ids[::2, 0] = 1  # BOS
+    lengths = torch.randint(5, 31, (len(TEXTS), 1), generator=generator)
+    mask = torch.arange(30) < lengths
+    batch["llm_input_ids"], batch["labels"] = ids.cuda(), ids.masked_fill(~mask, -100).cuda()
+    hidden = torch.rand(mask.shape, generator=generator) < 0.5
+    batch["llm_attention_mask"] = (mask & ~hidden if attention == "bidirectional" else mask).long().cuda()
+    losses, gradients = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for implementation in ("sdpa", None):
+            model = LusiferForAlignment.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=implementation,
+                alignment_attention=attention,
+                device_map="cuda",
+            ).eval()
+            loss = model(**batch).loss
+            loss.backward()
+            losses[dtype, implementation] = loss.item()
+            gradients[dtype, implementation] = model.model.connector.mlp.linear_1.weight.grad.float()
+    expected = losses[torch.float32, "sdpa"], gradients[torch.float32, "sdpa"]
+    for (dtype, _), loss in losses.items():
+        assert loss == pytest.approx(expected[0], rel=1e-4 if dtype == torch.float32 else 2e-2)
+    for (dtype, _), gradient in gradients.items():
+        similarity = torch.nn.functional.cosine_similarity(gradient.flatten(), expected[1].flatten(), dim=0)
+        assert similarity > (0.9999 if dtype == torch.float32 else 0.98)
