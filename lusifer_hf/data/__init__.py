@@ -1,0 +1,1 @@
+"""What training reads: mixtures of data sets, their batches and their collators."""
