@@ -170,7 +170,7 @@ class LusiferForAlignment(LusiferPreTrainedModel):
     def check_lm_head(self):
         """Raise a `ValueError` if the LLM's own class makes other logits of a state than `lm_head`."""
         head = self.lm_head
-        if head.weight.is_meta:  # not loaded on this process
+        if not self.model.is_loaded:
             return
         causal_lm = _stock_causal_lm(self.config.llm_config)
         linear = causal_lm.get_output_embeddings()

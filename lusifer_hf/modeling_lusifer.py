@@ -388,6 +388,13 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         model.check_bidirectional()
         return model.eval()
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether this process has the weights: with FSDP's CPU-efficient loading one process of a machine has."""
+        weight = self.llm.get_input_embeddings().weight
+        # Before transformers 5.23 the others hold zeros.
+        return not weight.is_meta and bool(weight[:8].any())
+
     @torch.no_grad()
     def check_bidirectional(self):
         """
@@ -395,7 +402,7 @@ class LusiferModel(EncodingMixin, RepositoryMixin, LusiferPreTrainedModel):
         batch changes another's, as recurrent layers do in a packed batch.
         """
         embed_tokens = self.llm.get_input_embeddings()
-        if embed_tokens.weight.is_meta:  # not loaded on this process
+        if not self.is_loaded:
             return
         ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=embed_tokens.weight.device)
         mask = torch.ones_like(ids, dtype=torch.bool)

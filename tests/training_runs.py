@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -19,6 +20,7 @@ from lusifer_hf.quickstart import make_tiny_backbones
 
 
 ROOT = Path(__file__).parents[1]
+ON_GPUS = torch.cuda.device_count() > 1
 WORDS = "river stone lamp window bread garden cloud train paper coat apple bridge salt candle horse boat".split()
 
 
@@ -65,7 +67,7 @@ def write_config(folder: Path, stage: str, backbones: tuple[Path, Path], **field
         "logging_steps": 1,
         "report_to": "none",
         "seed": 5,
-        "use_cpu": True,
+        "use_cpu": not ON_GPUS,
         **fields,
     }
     path = folder / "config.yaml"
@@ -76,7 +78,7 @@ def write_config(folder: Path, stage: str, backbones: tuple[Path, Path], **field
 def command(config: Path, launcher: str | None = None, arguments: tuple[str, ...] = ()) -> list[str]:
     """One process, or two with a config of configs/accelerate ("ddp", "fsdp2")."""
     # accelerate itself leaves FSDP out where there is no accelerator.
-    script = ROOT / ("tests/fsdp_on_cpu.py" if launcher == "fsdp2" else "train.py")
+    script = ROOT / ("tests/fsdp_on_cpu.py" if launcher == "fsdp2" and not ON_GPUS else "train.py")
     train = [str(script), str(config), *arguments]
     if launcher is None:
         return [sys.executable, *train]
@@ -89,7 +91,7 @@ def command(config: Path, launcher: str | None = None, arguments: tuple[str, ...
 def run(config: Path, launcher: str | None = None, *arguments: str, fails: bool = False) -> str:
     """Run to the end; returns what was logged."""
     finished = subprocess.run(
-        command(config, launcher, arguments), env=_environment(), capture_output=True, text=True, check=False
+        command(config, launcher, arguments), env=_environment(launcher), capture_output=True, text=True, check=False
     )
     output = finished.stdout + finished.stderr
     assert (finished.returncode != 0) == fails, output[-30000:]
@@ -100,7 +102,7 @@ def run_and_kill(config: Path, when: Callable[[], bool], launcher: str | None = 
     """Start a run and kill all its processes with SIGKILL as soon as `when()` is true."""
     log = config.with_name("killed.log")
     with open(log, "w") as file:
-        process = subprocess.Popen(command(config, launcher), env=_environment(), stdout=file, stderr=file)
+        process = subprocess.Popen(command(config, launcher), env=_environment(launcher), stdout=file, stderr=file)
     deadline = time.monotonic() + timeout
     try:
         while not when():
@@ -127,5 +129,7 @@ def weights(output_dir: Path) -> dict:
     return load_file(output_dir / "final" / "model.safetensors")
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def _environment(launcher: str | None) -> dict[str, str]:
+    one_gpu = {"CUDA_VISIBLE_DEVICES": "0"} if launcher is None and ON_GPUS else {}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **offline, **one_gpu, "OMP_NUM_THREADS": "1"}

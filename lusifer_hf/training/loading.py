@@ -119,7 +119,7 @@ def _load(model_class: type, args: ModelArguments) -> LusiferModel | LusiferForA
     adapter = cached_file(
         name, f"{ADAPTER}/adapter_config.json", _raise_exceptions_for_missing_entries=False, **source
     )
-    if adapter is not None and not model.base_model.get_input_embeddings().weight.is_meta:  # loaded on another process
+    if adapter is not None and model.base_model.is_loaded:
         logger.info(f"Merging the adapters that {name} keeps in {ADAPTER}/.")
         PeftModel.from_pretrained(model.base_model, name, subfolder=ADAPTER, **source).merge_and_unload()
     return model
