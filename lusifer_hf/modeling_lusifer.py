@@ -110,11 +110,13 @@ def packed_attention_forward(
             states = states.index_copy(0, prefix, inside)
         return states.unsqueeze(0), None
 
-    outputs, start, row = [], 0, 0
     if visible_keys is not None:
         visible = torch.zeros_like(query[0, 0, :, 0], dtype=torch.bool).index_fill(0, visible_keys, True)  # (N,)
     lengths, counts = cu_seq_lens_q.diff().unique_consecutive(return_counts=True)
-    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+    # Not slices: the gradient of each would be as large as the whole sequence.
+    runs = (states[0].split((lengths * counts).tolist(), dim=1) for states in (query, key, value))
+    outputs, start, row = [], 0, 0
+    for length, count, *parts in zip(lengths.tolist(), counts.tolist(), *runs, strict=True):
         end = start + length * count
         masks = []
         positions = torch.arange(length, device=query.device)
@@ -126,7 +128,7 @@ def packed_attention_forward(
             prefix_lengths = cu_seq_lens_prefix.diff()[row : row + count]
             masks.append((positions < prefix_lengths.view(-1, 1, 1, 1)) | (positions <= positions[:, None]))
         states = nn.functional.scaled_dot_product_attention(
-            *(states[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)),
+            *(part.unflatten(1, (count, length)).transpose(0, 1) for part in parts),
             attn_mask=reduce(torch.logical_and, masks) if masks else None,
             dropout_p=dropout,
             scale=scaling,
