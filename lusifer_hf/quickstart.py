@@ -1,9 +1,15 @@
-"""A tiny LUSIFER in a minute, on any machine: composed from backbones made on the spot, loaded in every way."""
+"""
+A tiny LUSIFER trained in minutes, on any machine, with nothing to download.
+
+In three steps: (1) `prepare` makes two tiny backbones and a data set, (2) train.py makes the four steps of
+configs/quickstart, (3) the result is loaded in every way, scored on what was held out, and searched with.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +25,22 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from .composing import compose
+from .modeling_lusifer import LusiferModel
+from .publishing import new_folder
+from .quickstart_data import write_docstring_data
+from .training.evaluation import EvalSource, evaluate_sources, load_eval_sources
 
+
+# What the configs name; relative, as they are, to a checkout.
+FOLDER, CONFIGS = Path("outputs/quickstart"), Path("configs/quickstart")
+STEPS = ("1_reconstruction", "2_reconstruction_completion", "3_retrieval", "4_all")
+BACKBONES = ("tiny-xlm-roberta", "tiny-mistral")
+INSTRUCTION = "Find:"
+# Of both backbones: so small that random weights learn something in minutes on a CPU.
+SIZE = {"hidden_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 48, "intermediate_size": 384}
+SIZE |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Searched for when the model is finished.
+QUERIES = ("read a compressed file", "send an email message", "remove an item from a dictionary")
 
 # The same three sentences in the paper's 14 languages, written for this package.
 SENTENCES = {
@@ -97,46 +117,82 @@ SENTENCES = {
 }
 
 
-def make_tiny_backbones(folder: str | Path, seed: int = 0) -> tuple[Path, Path]:
-    """
-    An XLM-R and a Mistral with random weights and tokenizers trained on `SENTENCES`; returns their folders.
+def prepare(folder: Path, seed: int = 0) -> dict[str, int]:
+    """Write what configs/quickstart trains on, `backbones` and `data`; returns the numbers of rows."""
+    with new_folder(folder) as partial:
+        counts = write_docstring_data(partial / "data")
+        lines = (partial / "data" / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["query"] for line in lines]
+        make_tiny_backbones(
+            partial / "backbones", seed, texts, vocabularies=(3600, 2400), **SIZE, initializer_range=0.02
+        )
+    return counts
 
-    The weights are wide (standard deviation 0.2), so that vectors of different texts differ visibly.
+
+def score(model: LusiferModel, folder: Path) -> float:
+    """nDCG@10 on the held-out pairs in `folder`, what `prepare` wrote."""
+    source = EvalSource(str(folder / "data" / "held_out"), "retrieval", instruction=INSTRUCTION)
+    return evaluate_sources(model, model.tokenizer, load_eval_sources([source]), max_length=48)["mean"]
+
+
+def search(model: SentenceTransformer, folder: Path, queries: Sequence[str]) -> list[list[str]]:
+    """The three documents in `folder`, of those trained on, that are nearest to each query, the nearest first."""
+    lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    documents = [json.loads(line)["positive"][0] for line in lines]
+    similarities = model.similarity(
+        model.encode_query(list(queries), show_progress_bar=False),
+        model.encode_document(documents, show_progress_bar=False),
+    )
+    return [[documents[index] for index in row] for row in similarities.topk(3).indices.tolist()]
+
+
+def make_tiny_backbones(
+    folder: str | Path,
+    seed: int = 0,
+    texts: Sequence[str] = (),
+    vocabularies: tuple[int, int] = (1200, 800),
+    **fields,
+) -> tuple[Path, Path]:
+    """
+    An XLM-R and a Mistral with random weights, and tokenizers trained on `SENTENCES` and `texts`; returns the folders.
+
+    `fields` are of both configs. By default the weights are wide (standard deviation 0.2), so that vectors of
+    different texts differ visibly.
     """
     folder = Path(folder)
-    texts = [text for sentences in SENTENCES.values() for text in sentences]
-    encoder_tokenizer = _unigram_tokenizer(texts)
-    llm_tokenizer = _byte_level_tokenizer(texts)
+    texts = [*(text for sentences in SENTENCES.values() for text in sentences), *texts]
+    encoder_tokenizer = _unigram_tokenizer(texts, vocabularies[0])
+    llm_tokenizer = _byte_level_tokenizer(texts, vocabularies[1])
+    encoder_fields = {
+        "vocab_size": len(encoder_tokenizer),
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "initializer_range": 0.2,
+    }
+    llm_fields = {
+        "vocab_size": len(llm_tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "max_position_embeddings": 1024,
+        "sliding_window": None,
+        "initializer_range": 0.2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = XLMRobertaModel(
-            XLMRobertaConfig(
-                vocab_size=len(encoder_tokenizer),
-                hidden_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                intermediate_size=96,
-                max_position_embeddings=514,
-                type_vocab_size=1,
-                layer_norm_eps=1e-5,
-                initializer_range=0.2,
-            )
-        )
-        llm = MistralForCausalLM(
-            MistralConfig(
-                vocab_size=len(llm_tokenizer),
-                hidden_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=16,
-                intermediate_size=128,
-                max_position_embeddings=1024,
-                sliding_window=None,
-                initializer_range=0.2,
-            )
-        )
-    paths = folder / "tiny-xlm-roberta", folder / "tiny-mistral"
+        encoder = XLMRobertaModel(XLMRobertaConfig(**encoder_fields | fields))
+        llm = MistralForCausalLM(MistralConfig(**llm_fields | fields))
+    # Words say more than their places: large, these would take long to be learned around.
+    encoder.embeddings.position_embeddings.weight.data *= 0.1
+    paths = tuple(folder / name for name in BACKBONES)
     for path, model, tokenizer in zip(paths, (encoder, llm), (encoder_tokenizer, llm_tokenizer), strict=True):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
@@ -144,9 +200,7 @@ def make_tiny_backbones(folder: str | Path, seed: int = 0) -> tuple[Path, Path]:
 
 
 def embed_in_every_way(folder: Path, scratch: Path) -> dict[str, np.ndarray]:
-    """Compose a tiny model in `folder` and embed `SENTENCES` in every way to load it; returns embeddings by way."""
-    # Wide like the backbones' own weights: of embeddings near zero, a small difference would say nothing.
-    compose(*map(str, make_tiny_backbones(scratch)), folder, seed=0, initializer_range=0.2)
+    """Embed `SENTENCES` with the model in `folder`, loaded in every way; returns embeddings by way."""
     texts = [text for sentences in SENTENCES.values() for text in sentences]
     return {
         "AutoModel": AutoModel.from_pretrained(folder).encode(texts, show_progress_bar=False),
@@ -187,13 +241,13 @@ np.savez(result, AutoModel=auto_model.encode(texts), SentenceTransformer=sentenc
 """
 
 
-def _unigram_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def _unigram_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     special = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=1200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
@@ -210,12 +264,12 @@ def _unigram_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def _byte_level_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=800,
+        vocab_size=size,
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -4,19 +4,20 @@ stderr and exit status 1 (2 for arguments that do not exist), never a traceback 
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import assert_distinct, assert_same
 
-from lusifer_hf import LusiferConfig, LusiferModel
+from lusifer_hf import LusiferConfig, LusiferModel, quickstart
 from lusifer_hf.cli import main
-from lusifer_hf.quickstart import SENTENCES, embed_in_every_way
+from lusifer_hf.quickstart import SENTENCES
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +159,27 @@ def test_wrong_arguments(arguments, capsys):
 # quickstart
 
 
-def test_quickstart_ways_agree(tmp_path, capsys, monkeypatch):
-    ways = embed_in_every_way(tmp_path / "model", tmp_path)
+@pytest.fixture
+def trained(tmp_path, monkeypatch, tiny_repository, tiny_backbones) -> Path:
+    """What a finished run leaves, made without one."""
+    rows = [{"_id": str(i), "text": text} for i, text in enumerate(SENTENCES["en"])]
+    held_out, prepared = tmp_path / "prepared" / "data" / "held_out", tmp_path / "prepared"
+    held_out.mkdir(parents=True)
+    for name in ("queries", "corpus"):
+        (held_out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (held_out / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n0\t0\t1\n1\t1\t1\n")
+    lines = (json.dumps({"positive": [text]}) + "\n" for text in SENTENCES["en"])
+    (prepared / "data" / "train.jsonl").write_text("".join(lines))
+    shutil.copytree(tiny_backbones[0].parent, prepared / "backbones")
+    for step in quickstart.STEPS:
+        shutil.copytree(tiny_repository, tmp_path / step / "final")
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(quickstart, "FOLDER", tmp_path)
+    return tmp_path / quickstart.STEPS[-1] / "final"
+
+
+def test_quickstart_of_a_finished_run(trained, tmp_path, capsys, monkeypatch):
+    ways = quickstart.embed_in_every_way(trained, tmp_path)
     assert len(ways) == 4
     reference = ways["AutoModel"]
     assert reference.shape == (42, 64)
@@ -167,26 +187,32 @@ def test_quickstart_ways_agree(tmp_path, capsys, monkeypatch):
     for way, embeddings in ways.items():
         assert np.abs(embeddings - reference).max() <= 1e-5, way
 
-    # And the table is of these figures; a difference is an error.
-    monkeypatch.setattr("lusifer_hf.quickstart.embed_in_every_way", lambda folder, scratch: ways)
+    # And what is printed is of these figures; a difference is an error.
+    monkeypatch.setattr(quickstart, "embed_in_every_way", lambda folder, scratch: ways)
     assert main(["quickstart"]) == 0
     printed = capsys.readouterr().out
-    assert "The weights are random, so the embeddings mean nothing yet." in printed
-    for language, (first, *_) in SENTENCES.items():
-        assert f"\n{language} " in printed
-        assert first[:60] in printed
-    ways["SentenceTransformer"][40] += 1e-3
+    assert "nDCG@10 on the pairs that were held out: " in printed
+    for text in (*quickstart.QUERIES, *(f"-> {text[:60]}" for text in SENTENCES["en"]), *ways, str(trained)):
+        assert text in printed
+    ways["SentenceTransformer"] = reference + 1e-3
     assert main(["quickstart"]) == 1
     captured = capsys.readouterr()
-    assert "error: The ways to load the model differ by 1.0e-03, more than 1e-5." in captured.err
-    assert "All ways give" not in captured.out
+    assert "error: The ways to load the model differ by " in captured.err
+    assert "The model is in" not in captured.out
 
 
-def test_quickstart_keeps_the_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lusifer_hf.quickstart._embed_with_remote_code", lambda *args: {})
-    folder = tmp_path / "kept"
-    assert main(["quickstart", "--output", str(folder)]) == 0
-    assert f"The model is in {folder}." in capsys.readouterr().out
-    assert LusiferModel.from_pretrained(folder).encode("text").shape == (64,)
-    assert main(["quickstart", "--output", str(folder)]) == 1
-    assert f"error: {folder} exists already" in capsys.readouterr().err
+def test_quickstart_trains_the_steps_that_are_not_finished(trained, capsys, monkeypatch):
+    shutil.rmtree(trained)
+    commands = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1)
+    )
+    assert main(["quickstart"]) == 1
+    assert [command[-2:] for command in commands] == [["train.py", "configs/quickstart/4_all.yaml"]]
+    assert "error: 4_all stopped; start the same command again to continue it." in capsys.readouterr().err
+
+
+def test_quickstart_outside_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart"]) == 1
+    assert "error: There is no configs/quickstart here: run this in a checkout" in capsys.readouterr().err
