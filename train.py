@@ -23,6 +23,8 @@ from lusifer_hf.training.representation import RepresentationTrainer
 
 logger = logging.getLogger("lusifer_hf.train")
 
+TRAINERS = {"alignment": AlignmentTrainer, "representation": RepresentationTrainer}
+
 
 def prepare(argv: list[str]) -> tuple[Run, Trainer]:
     """Everything that can be wrong before a step is made: arguments first, then data, then the model."""
@@ -32,6 +34,8 @@ def prepare(argv: list[str]) -> tuple[Run, Trainer]:
     eval_sources = load_eval_sources(run.eval_data) if evaluates else None
     with run.training.main_process_first(desc="reading the data"):
         data = load_data(run)
+    if isinstance(data, Mixture):
+        TRAINERS[run.stage].make_sampler(data, run.training)  # is there a batch of each data set?
     model = load_for_stage(run.stage, run.model)
     check_fits(run.training, model)
     return run, make_trainer(run, model, data, eval_sources)
@@ -58,10 +62,24 @@ def make_trainer(run: Run, model, data: Mixture | MixtureStream, eval_sources) -
         llm_tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
         options = {"mask_probability": training.mask_probability, "seed": training.data_seed}
         collator = AlignmentCollator(embedder.tokenizer, llm_tokenizer, *shared, **options)
-        return AlignmentTrainer(model, training, data, collator, eval_sources=eval_sources)
-    options = {name: getattr(training, name) for name in ("max_positives", "max_negatives")}
-    collator = RepresentationCollator(embedder.tokenizer, *shared, **options, seed=training.data_seed)
-    return RepresentationTrainer(model, training, data, collator, eval_sources=eval_sources)
+    else:
+        options = {name: getattr(training, name) for name in ("max_positives", "max_negatives")}
+        collator = RepresentationCollator(embedder.tokenizer, *shared, **options, seed=training.data_seed)
+    return TRAINERS[run.stage](model, training, data, collator, eval_sources=eval_sources)
+
+
+def train(run: Run, trainer: Trainer):
+    accelerator = trainer.accelerator
+    if accelerator.is_main_process:
+        run.begin()
+    checkpoint = run.training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={None: True, "false": None}.get(checkpoint, checkpoint))
+
+    state_dict = accelerator.get_state_dict(trainer.model_wrapped)  # whole, also where parameters are sharded
+    if accelerator.is_main_process:
+        save_final(accelerator.unwrap_model(trainer.model), run.final, run.model.merge_adapters, state_dict)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def main(argv: list[str]):
@@ -72,16 +90,10 @@ def main(argv: list[str]):
         run, trainer = prepare(argv)
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if is_main:
-        run.begin()
-    checkpoint = run.training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={None: True, "false": None}.get(checkpoint, checkpoint))
-
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, also where parameters are sharded
-    if is_main:
-        save_final(trainer.accelerator.unwrap_model(trainer.model), run.final, run.model.merge_adapters, state_dict)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    try:
+        train(run, trainer)
+    except (FloatingPointError, OSError) as error:  # a loss that is no number, a full disk
+        sys.exit(f"error: {error}")
     logger.info(f"The model is in {run.final}.")
 
 

@@ -508,6 +508,12 @@ def test_output_folder_of_another_run():
         parse(**first | {"lora_r": 1, "seed": 2, "data": [{"path": "a/b", "weight": 2}]}).check_files()
     with pytest.raises(FileExistsError, match=r"another .*stage \('representation', now 'alignment'\)"):
         parse("alignment").check_files()
+    # Also where the checkpoint is in the folder of that other run.
+    Path("out/checkpoint-5/trainer_state.json").touch()
+    elsewhere = {"output_dir": "new", "resume_from_checkpoint": "out/checkpoint-5"}
+    parse(**first | elsewhere).check_files()
+    with pytest.raises(FileExistsError, match=r"out holds checkpoints of a run with another lora_r"):
+        parse(**first | elsewhere | {"lora_r": 8}).check_files()
     Path("out/run.yaml").unlink()
     with pytest.raises(FileExistsError, match=r"holds checkpoints but no run\.yaml"):
         parse(**first).check_files()

@@ -7,15 +7,11 @@ others have come, (2) these rows are shuffled anew and put cluster by cluster, (
 (4) the batches of all data sets are shuffled. Of each global batch a process takes its slice.
 """
 
-import logging
 from collections.abc import Iterator
 
 import numpy as np
 
 from .mixture import Mixture
-
-
-logger = logging.getLogger(__name__)
 
 
 class MixtureBatchSampler:
@@ -75,9 +71,6 @@ class MixtureBatchSampler:
             self._check_size("The mixture", sum(rows), f"{sum(rows):,} rows an epoch")
             self.left_out = {"mixture": sum(rows) % self.global_batch_size}
         self.rows = rows  # that an epoch takes of each data set
-        for name, count in self.left_out.items():
-            if count and process_index == 0:
-                logger.info(f"{name}: every epoch leaves out {count} rows, other ones each time.")
 
     def _check_size(self, name: str, available: int, rows: str):
         if available < self.global_batch_size:

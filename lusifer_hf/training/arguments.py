@@ -411,11 +411,16 @@ class Run:
         advice = "Take another output_dir, or set --resume_from_checkpoint false to remove it and begin anew."
         if self.final.exists():
             raise FileExistsError(f"{self.final} exists: this run is finished. {advice}")
-        if not any(self.output_dir.glob("checkpoint-*")):
-            return
-        record = self.output_dir / RECORD
+        folder = self.output_dir
+        if (checkpoint := self.training.resume_from_checkpoint) is not None:
+            folder = Path(checkpoint).parent
+        if any(folder.glob("checkpoint-*")):
+            self._check_same_run(folder, advice)
+
+    def _check_same_run(self, folder: Path, advice: str):
+        record = folder / RECORD
         if not record.exists():
-            raise FileExistsError(f"{self.output_dir} holds checkpoints but no {RECORD} to know the run by. {advice}")
+            raise FileExistsError(f"{folder} holds checkpoints but no {RECORD} to know the run by. {advice}")
         before, now = yaml.safe_load(record.read_text(encoding="utf-8")), self.deciding()
         different = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
         if different:
@@ -423,7 +428,7 @@ class Run:
                 name if name == "data" else f"{name} ({before.get(name)!r}, now {now.get(name)!r})"
                 for name in different
             )
-            raise FileExistsError(f"{self.output_dir} holds checkpoints of a run with another {what}. {advice}")
+            raise FileExistsError(f"{folder} holds checkpoints of a run with another {what}. {advice}")
 
     def begin(self):
         """Write the record into the output folder, on one process; to begin anew, remove the older run before."""

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from ..data.mixture import Mixture
 from ..data.samplers import MixtureBatchSampler
 from .evaluation import evaluate_sources
 from .plots import PlotCallback
@@ -65,6 +66,19 @@ class LusiferTrainer(Trainer):
 
     # Batches
 
+    @classmethod
+    def make_sampler(cls, mixture: Mixture, args) -> MixtureBatchSampler:
+        """This process's batches; a `ValueError` if a data set does not fill a global batch."""
+        return MixtureBatchSampler(
+            mixture,
+            batch_size=args.per_device_train_batch_size,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+            accumulation_steps=args.gradient_accumulation_steps,
+            seed=args.data_seed,
+            homogeneous=cls.homogeneous_batches,
+        )
+
     def get_train_dataloader(self) -> DataLoader:
         """Each process makes its own slices of the global batches: accelerate, not asked, shards nothing again."""
         options = {
@@ -75,15 +89,10 @@ class LusiferTrainer(Trainer):
         }
         if isinstance(self.train_dataset, IterableDataset):
             return DataLoader(self.train_dataset, batch_size=self.args.per_device_train_batch_size, **options)
-        self.sampler = MixtureBatchSampler(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            num_processes=self.args.world_size,
-            process_index=self.args.process_index,
-            accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            homogeneous=self.homogeneous_batches,
-        )
+        self.sampler = self.make_sampler(self.train_dataset, self.args)
+        for name, count in self.sampler.left_out.items():
+            if count:
+                logger.info(f"{name}: every epoch leaves out {count} rows, other ones each time.")
         return DataLoader(self.train_dataset, batch_sampler=self.sampler, **options)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -95,10 +104,21 @@ class LusiferTrainer(Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs) -> TrainOutput:
-        """As [`Trainer.train`]; `True` resumes from the newest complete checkpoint, or begins if there is none."""
+        """
+        As [`Trainer.train`]; `True` resumes from the newest complete checkpoint, or begins if there is none.
+
+        Raises:
+            `OSError`: if the checkpoint is not complete, or a new one cannot be written.
+            `FloatingPointError`: at the first loss that is no number.
+        """
         output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(output_dir)
+        if resume_from_checkpoint and not (Path(resume_from_checkpoint) / COMPLETE).exists():
+            raise FileNotFoundError(
+                f"{resume_from_checkpoint} is no complete checkpoint; the newest of {output_dir} is "
+                f"{last_complete_checkpoint(output_dir)}."
+            )
         if self.args.should_save:
             for path in output_dir.glob("checkpoint-*"):
                 if not (path / COMPLETE).exists():
