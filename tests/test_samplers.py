@@ -3,7 +3,6 @@ P12: a global batch holds rows of one data set, filled cluster by cluster; no ro
 counted remainder, another one in every epoch. The order depends on (seed, epoch), not on the number of processes.
 """
 
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -198,15 +197,6 @@ def test_errors():
         sampler_of(mixture([3, 8], weights=[3.0, 1.0]))
     with pytest.raises(ValueError, match="The mixture has 5 rows an epoch, which do not fill a global batch of 8"):
         sampler_of(mixture([2, 3]), batch_size=8, homogeneous=False)
-
-
-def test_millions_of_rows():
-    size = 1_000_000
-    clusters = np.random.default_rng(0).integers(0, 1000, size)
-    sampler = sampler_of(Rows([size], [clusters], [DataSource("x.jsonl")]), batch_size=64)
-    start = time.process_time()
-    assert sum(1 for _ in sampler) == len(sampler) == size // 64
-    assert time.process_time() - start < 5
 
 
 @needs_golden
