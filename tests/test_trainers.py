@@ -129,6 +129,27 @@ def test_a_loss_that_is_no_number_names_step_and_rows(stage, config, tmp_path, m
     assert resumed == losses(tmp_path / "output")
 
 
+def test_a_stream_goes_on(config, tmp_path, monkeypatch, capsys):
+    path = config("alignment", streaming=True, max_steps=8)  # in which both data sets begin again
+    train.main([path])
+    expected = losses(tmp_path / "output")
+    assert len(expected) == 8
+    shutil.rmtree(tmp_path / "output")
+    forward, calls = LusiferForAlignment.forward, []
+
+    def stopped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 14:  # two in a step
+            raise OSError("stopped")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LusiferForAlignment, "forward", stopped)
+    assert failure(path, capsys) == "error: stopped"
+    monkeypatch.undo()
+    train.main([path])
+    assert losses(tmp_path / "output") == expected
+
+
 @pytest.mark.parametrize("file", ["optimizer", "model", "run.yaml", "final"])
 def test_a_full_disk(file, config, tmp_path, monkeypatch, capsys):
     path = config("representation")

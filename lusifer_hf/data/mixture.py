@@ -199,13 +199,13 @@ class MixtureStream(torch.utils.data.IterableDataset):
     The items of [`Mixture`] for alignment, read while training: for data sets that are too large to check first.
 
     Every process reads all rows and keeps its slices of the global batches, so any number of processes trains on the
-    same batches in the same order. An epoch ends when each data set has run out once; one that has begins again.
+    same batches in the same order. It has no end: a data set that runs out begins again, its `epoch` one higher.
 
     Args:
         sources (sequence of [`DataSource`])
         batch_size (`int`): Rows of a process's batch. The `DataLoader` has the same.
         num_processes, process_index (`int`)
-        seed (`int`, *optional*, defaults to 0): Together with the epoch decides the order.
+        seed (`int`, *optional*, defaults to 0): Decides the order.
         buffer_size (`int`, *optional*, defaults to 10,000): So many rows are shuffled among each other.
     """
 
@@ -223,14 +223,10 @@ class MixtureStream(torch.utils.data.IterableDataset):
         self.sources = list(sources)
         self.batch_size, self.num_processes, self.process_index = batch_size, num_processes, process_index
         self.seed, self.buffer_size = seed, buffer_size
-        self.epoch = 0
         self._datasets = [_open(source, streaming=True) for source in sources]
         for dataset in range(len(sources)):
             if next(self._rows(dataset), None) is None:  # also finds a wrong column before training
                 raise ValueError(f"The data set {sources[dataset].path} holds no rows.")
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
@@ -239,40 +235,31 @@ class MixtureStream(torch.utils.data.IterableDataset):
                 f"dataloader_num_workers={worker.num_workers} with streamed data: every worker would read all rows. "
                 "Set it to 0 or 1."
             )
-        own = slice(self.process_index * self.batch_size, (self.process_index + 1) * self.batch_size)
-        batch = []
-        for item in self._shuffled(np.random.default_rng((self.seed, self.epoch))):
-            batch.append(item)
-            if len(batch) == self.batch_size * self.num_processes:
-                yield from batch[own]
-                batch = []
+        rng = np.random.default_rng(self.seed)
+        first = self.process_index * self.batch_size
+        for number, item in enumerate(self._shuffled(rng)):
+            if first <= number % (self.batch_size * self.num_processes) < first + self.batch_size:
+                yield item
 
     def _shuffled(self, rng: np.random.Generator) -> Iterator[dict]:
-        buffer = []
-        for item in self._mixed(rng):
-            if len(buffer) < self.buffer_size:
-                buffer.append(item)
-            else:
-                index = rng.integers(self.buffer_size)
-                yield buffer[index]
-                buffer[index] = item
-        rng.shuffle(buffer)
-        yield from buffer
+        mixed = self._mixed(rng)
+        buffer = list(islice(mixed, self.buffer_size))
+        for item in mixed:
+            index = rng.integers(self.buffer_size)
+            yield buffer[index]
+            buffer[index] = item
 
     def _mixed(self, rng: np.random.Generator) -> Iterator[dict]:
         shares = np.cumsum([source.weight for source in self.sources])
         streams = [self._rows(dataset) for dataset in range(len(self.sources))]
-        unfinished = set(range(len(streams)))
+        epochs = [0] * len(streams)
         while True:
             dataset = int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
             row = next(streams[dataset], None)
             if row is None:
-                unfinished.discard(dataset)
-                if not unfinished:
-                    return
-                streams[dataset] = self._rows(dataset)
+                streams[dataset], epochs[dataset] = self._rows(dataset), epochs[dataset] + 1
                 row = next(streams[dataset])
-            yield {"dataset": dataset, "epoch": self.epoch, **row}
+            yield {"dataset": dataset, "epoch": epochs[dataset], **row}
 
     def _rows(self, dataset: int) -> Iterator[dict]:
         reader = _Reader(self.sources[dataset], "alignment")
