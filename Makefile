@@ -26,3 +26,4 @@ quickstart: install
 bench: install
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/encode.py --memory
+	$(BIN)/python benchmarks/train.py

@@ -315,7 +315,7 @@ def test_yaml_that_is_none():
         ("representation", {"max_positives": 0}, "max_positives=0 must be 1 or more"),
         ("representation", {"max_negatives": -1}, "max_negatives=-1 must be 0 or more"),
         ("representation", {"miner_epsilon": -1}, "miner_epsilon=-1.0 must be 0 or more, or null"),
-        ("representation", {"false_negative_threshold": 2}, "false_negative_threshold=2.0 must be a cosine"),
+        ("representation", {"false_negative_threshold": 2}, "false_negative_threshold=2.0 must be a difference"),
         ("representation", {"matryoshka_dims": [8, 0]}, "matryoshka_dims=[8, 0] must be 1 or more"),
         (
             "representation",

@@ -302,7 +302,9 @@ class RepresentationConfig(TrainingConfig):
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Sizes that embeddings can be cut to: the loss is over all."}
     )
-    false_negative_threshold: float | None = _option(None, "A negative with a greater cosine does not count.")
+    false_negative_threshold: float | None = _option(
+        None, "Negatives more similar than the nearest positive by more than this do not count."
+    )
     gather_across_devices: bool = _option(True, "Whether texts of other processes are negatives too.")
     gradcache_rows: int | None = _option(None, "The most rows in a forward pass. Default: all at once.")
     gradcache_tokens: int | None = _option(None, "The most tokens in a forward pass, instead of rows.")
@@ -332,7 +334,9 @@ class RepresentationConfig(TrainingConfig):
         if self.miner_epsilon is not None and self.miner_epsilon < 0:
             raise ValueError(f"miner_epsilon={self.miner_epsilon} must be 0 or more, or null for no miner.")
         if self.false_negative_threshold is not None and not -1 <= self.false_negative_threshold <= 1:
-            raise ValueError(f"false_negative_threshold={self.false_negative_threshold} must be a cosine, -1 to 1.")
+            raise ValueError(
+                f"false_negative_threshold={self.false_negative_threshold} must be a difference of cosines, -1 to 1."
+            )
         if self.matryoshka_dims is not None and min(self.matryoshka_dims) < 1:
             raise ValueError(f"matryoshka_dims={self.matryoshka_dims} must be 1 or more.")
 
