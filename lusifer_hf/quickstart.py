@@ -161,8 +161,8 @@ def make_tiny_backbones(
     """
     folder = Path(folder)
     texts = [*(text for sentences in SENTENCES.values() for text in sentences), *texts]
-    encoder_tokenizer = _unigram_tokenizer(texts, vocabularies[0])
-    llm_tokenizer = _byte_level_tokenizer(texts, vocabularies[1])
+    encoder_tokenizer = unigram_tokenizer(texts, vocabularies[0])
+    llm_tokenizer = byte_level_tokenizer(texts, vocabularies[1])
     encoder_fields = {
         "vocab_size": len(encoder_tokenizer),
         "hidden_size": 48,
@@ -241,7 +241,8 @@ np.savez(result, AutoModel=auto_model.encode(texts), SentenceTransformer=sentenc
 """
 
 
-def _unigram_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+def unigram_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """As XLM-R's, trained on `texts`."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
@@ -264,7 +265,8 @@ def _unigram_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """As Mistral's, trained on `texts`: it has neither a padding nor a mask token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
