@@ -59,9 +59,11 @@ LANGUAGES = ("en", "es", "ru", "vi", "ar", "hi", "sw")
 BLOCK = 128  # tokens of a pretraining row
 EVAL_LENGTH = 128
 HELD_OUT = 300  # lines of each language that the backbones do not see
-# About two minutes each on one core.
+# Two or three minutes each on one core.
 ENCODER = {"steps": 600, "rows": 8, "learning_rate": 1e-3, "vocabulary": 16_000}
-LLM = {"steps": 600, "rows": 8, "learning_rate": 2e-3, "vocabulary": 6_000}
+LLM = {"steps": 200, "rows": 8, "learning_rate": 1e-3, "vocabulary": 6_000}
+# A narrow LLM would blur the encoder's words before it has learned anything.
+LLM_SIZE = SIZE | {"hidden_size": 768, "intermediate_size": 768, "head_dim": 64}
 CHARACTERS = 1_400_000  # of each language, as many as the smallest file has
 TOKENIZER_CHARACTERS = 500_000
 PRETRAINED = "pretraining.json"  # written last
@@ -201,7 +203,11 @@ def pretrain_llm(folder: str):
     torch.manual_seed(0)
     model = MistralForCausalLM(
         MistralConfig(
-            vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=1024, sliding_window=None, **SIZE
+            vocab_size=len(tokenizer),
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            sliding_window=None,
+            **LLM_SIZE,
         )
     )
     held_out = {"en": packed_rows(held_out, tokenizer)}
@@ -236,8 +242,8 @@ def step_configs(work: Path, runs: Path, alignment_attention: str) -> dict[str, 
         "mask_probability": 0.5,
         "max_length": 64,
         "global_batch_size": 64,
-        "learning_rate": 1e-3,
-        "max_steps": 150,
+        "learning_rate": 3e-4,
+        "max_steps": 60,
     }
     representation = {
         "stage": "representation",
@@ -245,7 +251,7 @@ def step_configs(work: Path, runs: Path, alignment_attention: str) -> dict[str, 
         "global_batch_size": 64,
         "max_positives": 1,
         "eval_strategy": "steps",
-        "eval_steps": 100,
+        "eval_steps": 50,
         "eval_data": [eval_set("retrieval", "xquad/en", QUESTION, max_samples=100)],
     }
     common = {"warmup_steps": 0.1, "logging_steps": 10, "save_steps": 150, "seed": 0, "use_cpu": True}
@@ -260,9 +266,9 @@ def step_configs(work: Path, runs: Path, alignment_attention: str) -> dict[str, 
                 *(source | {"task": "passage_to_query"} for source in retrieval),
             ],
         },
-        representation | {"data": retrieval, "max_negatives": 0, "learning_rate": 1e-3, "max_steps": 600},
+        representation | {"data": retrieval, "max_negatives": 0, "learning_rate": 5e-4, "max_steps": 400},
         representation
-        | {"data": [*retrieval, *others], "max_negatives": 3, "learning_rate": 2e-4, "max_steps": 200}
+        | {"data": [*retrieval, *others], "max_negatives": 3, "learning_rate": 1e-4, "max_steps": 100}
         | {"gradcache_tokens": 8192},
     ]
     return {
@@ -335,7 +341,8 @@ def score(folder: str, output: str):
 def compose_tiny(work: str):
     work = Path(work)
     backbones = [str(work / "backbones" / name) for name in ("encoder", "llm")]
-    compose(*backbones, work / "composed", seed=0, num_added_tokens=0)
+    # Fresh weights so large that states keep their size: what a tiny LLM adds would drown smaller ones.
+    compose(*backbones, work / "composed", seed=0, num_added_tokens=0, initializer_range=0.07)
 
 
 CALL = """
