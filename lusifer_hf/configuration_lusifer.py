@@ -109,7 +109,7 @@ class LusiferConfig(PreTrainedConfig):
             prompt_name (`str`, *optional*):
                 `"query"` or `"document"`; with an instruction alone, `"query"`; with neither there is no prefix.
             instruction (`str`, *optional*, defaults to `default_instruction`):
-                What the embedding is for, in English.
+                What the embedding is for, in English. `""`: nothing in particular, and so no prefix by default.
         """
         if prompt_name is None and instruction is None:
             return ""
@@ -117,7 +117,10 @@ class LusiferConfig(PreTrainedConfig):
         name = "query" if prompt_name is None else prompt_name
         if name not in templates:
             raise ValueError(f"prompt_name={prompt_name!r} is not one of {', '.join(map(repr, templates))}.")
-        return templates[name].format(instruction=self.default_instruction if instruction is None else instruction)
+        instruction = self.default_instruction if instruction is None else instruction
+        if not instruction and self.prompt_template == "default":
+            return ""
+        return templates[name].format(instruction=instruction)
 
 
 def _as_config(config: dict | PreTrainedConfig | None, default_model_type: str) -> PreTrainedConfig:

@@ -2,6 +2,8 @@
 `encode` embeds what it is given, in order and whole, or says which text or argument is wrong before it starts.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +145,11 @@ def test_length_is_capped_once(model, caplog):
         np.testing.assert_array_equal(model.encode(TEXTS[0], max_length=9999), model.encode(TEXTS[0]))
     message = "max_length=9999 is cut to the 512 tokens that the model has positions for."
     assert [record.getMessage() for record in caplog.records].count(message) == 1
+
+
+def test_no_instruction_is_no_prompt(model):
+    assert model.config.prompt("query", "") == model.config.prompt("document", "") == ""
+    assert model.config.prompt("query") == f"{model.config.default_instruction}\n"
+    research = copy.deepcopy(model.config)
+    research.prompt_template = "research"
+    assert research.prompt("query", "") == ".\n"  # as the published code has it

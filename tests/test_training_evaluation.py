@@ -237,12 +237,6 @@ def test_with_adapters_and_with_an_embed_of_ones_own(model, loaded):
     evaluate_sources(adapted, model.tokenizer, loaded, max_length=64)
     assert_same(captured[2], expected[2])
 
-    captured.clear()
-    evaluate_sources(
-        model, model.tokenizer, loaded, max_length=64, embed=lambda **inputs: 2 * model(**inputs).pooler_output[:, :3]
-    )
-    assert_same(captured[2], 2 * expected[2][:, :3])
-
 
 def test_embeddings_that_are_no_numbers_are_an_error(model, loaded):
     with torch.no_grad():

@@ -57,7 +57,7 @@ class RepresentationCollator:
         self.encoder_tokenizer, self.sources, self.max_length = tokenizer, list(sources), max_length
         self.max_positives, self.max_negatives, self.seed = max_positives, max_negatives, seed
         self.prompts = [
-            tuple(_prompt(config, name, source.instruction) for name in ("query", "document", "document"))
+            tuple(config.prompt(name, source.instruction) for name in ("query", "document", "document"))
             for source in sources
         ]
         for source, prompts in zip(sources, self.prompts, strict=True):
@@ -138,7 +138,7 @@ class AlignmentCollator:
         if self.mask is None:
             raise ValueError("The LLM's tokenizer has no mask, unk, pad or eos token to mask others with: set one.")
         for source in sources:
-            prompts = [_prompt(config, "query", text) for text in (source.instruction, RECONSTRUCT, WRITE_QUESTION)]
+            prompts = [config.prompt("query", text) for text in (source.instruction, RECONSTRUCT, WRITE_QUESTION)]
             _check_room(tokenizer, prompts, max_length, source)
 
     def __call__(self, items: Sequence[dict]) -> dict:
@@ -146,7 +146,7 @@ class AlignmentCollator:
         texts, targets = [], []
         for item, rng in zip(items, generators, strict=True):
             instruction, text, target = alignment_task(item, self.sources[item["dataset"]], rng)
-            texts.append(_prompt(self.config, "query", instruction) + text)
+            texts.append(self.config.prompt("query", instruction) + text)
             targets.append(texts[-1] if target is None else target)
         ids = self.encoder_tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         llm_ids = self._llm_ids(targets)
@@ -209,11 +209,6 @@ def _draw(texts: list[str], number: int, rng: np.random.Generator) -> list[str]:
     if len(texts) <= number:
         return texts
     return [texts[index] for index in rng.choice(len(texts), number, replace=False)]
-
-
-def _prompt(config: LusiferConfig, name: str, instruction: str) -> str:
-    # By default no instruction means no prompt, as in `model.encode(text)`; other templates keep what remains of them.
-    return "" if not instruction and config.prompt_template == "default" else config.prompt(name, instruction)
 
 
 def _check_room(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_length: int, source: DataSource):

@@ -106,7 +106,6 @@ def evaluate_sources(
     *,
     max_length: int,
     max_tokens_per_batch: int | None = None,
-    embed: Callable[..., torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """
     The scores of a model in training, the same on every process; every process must call it.
@@ -122,8 +121,6 @@ def evaluate_sources(
             Longer texts are cut to so many tokens, prompt and special tokens included.
         max_tokens_per_batch (`int`, *optional*):
             At most so many tokens in a batch, unless a single text has more. 4,096 on CPUs, 16,384 elsewhere.
-        embed (`Callable`, *optional*):
-            `embed(input_ids=(B, L), attention_mask=(B, L))` returns `(B, D)`; by default the model's `pooler_output`.
 
     Returns:
         Scores from 0 to 1: `{name}_ndcg@10`; `{name}_f1`, its two directions `{name}_f1_src_eng` and
@@ -132,8 +129,6 @@ def evaluate_sources(
     """
     config = extract_model_from_parallel(model).config
     device = next(model.parameters()).device
-    if embed is None:
-        embed = partial(_pooler_output, model)
     if max_tokens_per_batch is None:
         max_tokens_per_batch = 4096 if device.type == "cpu" else 16384
 
@@ -147,7 +142,7 @@ def evaluate_sources(
                 prefix = config.prompt(prompt_name, item.source.instruction)
                 rows = _tokenize(tokenizer, prefix, texts, max_length)
                 with torch.no_grad():  # FSDP2 does not know inference mode
-                    embeddings.append(_embed(embed, rows, tokenizer.pad_token_id or 0, device, max_tokens_per_batch))
+                    embeddings.append(_embed(model, rows, tokenizer.pad_token_id or 0, device, max_tokens_per_batch))
             if not all(group.isfinite().all() for group in embeddings):
                 raise FloatingPointError(f"The model embeds a text of {item.source.name} as NaN or infinity.")
             if PartialState().is_main_process:
@@ -163,10 +158,6 @@ def evaluate_sources(
     return broadcast_object_list([scores])[0]
 
 
-def _pooler_output(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    return model(**inputs).pooler_output
-
-
 def _tokenize(tokenizer, prefix: str, texts: list[str], max_length: int) -> list[list[int]]:
     used = len(tokenizer(prefix)["input_ids"])
     if used >= max_length:
@@ -174,7 +165,9 @@ def _tokenize(tokenizer, prefix: str, texts: list[str], max_length: int) -> list
     return tokenizer([prefix + text for text in texts], truncation=True, max_length=max_length)["input_ids"]
 
 
-def _embed(embed: Callable, ids: list[list[int]], padding: int, device: torch.device, max_tokens: int) -> torch.Tensor:
+def _embed(
+    model: torch.nn.Module, ids: list[list[int]], padding: int, device: torch.device, max_tokens: int
+) -> torch.Tensor:
     """Rows of ids to float32 embeddings (N, D) on the CPU of every process, each of which runs its share."""
     state = PartialState()
     batches = list(_batches([len(row) for row in ids], None, max_tokens))
@@ -186,7 +179,7 @@ def _embed(embed: Callable, ids: list[list[int]], padding: int, device: torch.de
         lengths = torch.tensor([len(row) for row in rows])
         input_ids = pad_sequence(rows, batch_first=True, padding_value=padding)
         mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        vectors = embed(input_ids=input_ids.to(device), attention_mask=mask.to(device)).float()
+        vectors = model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).pooler_output.float()
 
         height = max(map(len, batches_now))  # what is gathered must have one shape
         gathered = gather(pad(vectors, (0, 0, 0, height - len(rows)))).cpu()  # (processes * height, D)
