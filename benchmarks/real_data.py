@@ -229,7 +229,14 @@ def step_configs(work: Path, runs: Path, alignment_attention: str) -> dict[str, 
     def train(name: str, instruction: str = "", **fields) -> dict:
         return {"path": str(SHARED / "data" / "train" / f"{name}.jsonl.gz"), "instruction": instruction, **fields}
 
-    retrieval = [train("squad_sent", QUESTION), train("wiki_qa", QUESTION), train("medquad", MEDICAL)]
+    retrieval = [
+        train("squad_sent", QUESTION),
+        train("wiki_qa", QUESTION),
+        train("medquad", MEDICAL),
+        train("science", QUESTION),
+        train("tldr_pages", QUESTION),
+        train("wiki_split", SIMILAR),
+    ]
     others = [
         train("snli", ENTAILED),
         train("banking77", BANKING, in_batch_negatives=False),
@@ -247,8 +254,10 @@ def step_configs(work: Path, runs: Path, alignment_attention: str) -> dict[str, 
     }
     representation = {
         "stage": "representation",
+        "loss": "infonce",
+        "similarity": "cosine",
         "max_length": 64,
-        "global_batch_size": 64,
+        "gradcache_tokens": 8192,
         "max_positives": 1,
         "eval_strategy": "steps",
         "eval_steps": 50,
@@ -266,10 +275,12 @@ def step_configs(work: Path, runs: Path, alignment_attention: str) -> dict[str, 
                 *(source | {"task": "passage_to_query"} for source in retrieval),
             ],
         },
-        representation | {"data": retrieval, "max_negatives": 0, "learning_rate": 5e-4, "max_steps": 400},
+        # A batch of 64 has too few negatives: with four times as many a row teaches more.
         representation
-        | {"data": [*retrieval, *others], "max_negatives": 3, "learning_rate": 1e-4, "max_steps": 100}
-        | {"gradcache_tokens": 8192},
+        | {"data": retrieval, "max_negatives": 0, "global_batch_size": 256, "learning_rate": 5e-4, "max_steps": 300},
+        representation
+        | {"data": [*retrieval, *others], "max_negatives": 3, "global_batch_size": 64}
+        | {"learning_rate": 1e-4, "max_steps": 100},
     ]
     return {
         name: {"model_name_or_path": str(start), "output_dir": str(runs / name), **common, **step}
