@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import mteb
 import numpy as np
 import pytrec_eval
 from mteb.abstasks import (
@@ -94,6 +95,17 @@ def load_examples(
                     continue
                 examples[key] = found
     return examples
+
+
+def known_tasks(results: Sequence[TaskResult]) -> list[AbsTask]:
+    """The tasks of results that mteb knows, with the subsets that were evaluated; their data is not loaded."""
+    tasks = []
+    for result in results:
+        try:
+            tasks.append(mteb.get_task(result.task_name, hf_subsets=result.hf_subsets))
+        except KeyError:  # made from a user's files
+            logger.debug(f"{result.task_name} is no task of mteb.")
+    return tasks
 
 
 def _find_predictions(evaluation: Evaluation, folder: str | Path) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from mteb.results import TaskResult
 
 from .plots import plot_bars, plot_heat_maps
 from .results import LANGUAGES, Entry, entries
-from .statistics import AVERAGE, Examples, Interval, Key, bootstrap
+from .statistics import AVERAGE, Comparison, Examples, Interval, Key, bootstrap
 
 
 MULTILINGUAL, CROSS_LINGUAL = "LUSIFER(multilingual)", "LUSIFER(cross-lingual)"
@@ -80,7 +80,8 @@ def write_report(
     scores.to_csv(folder / "scores.csv", index=False, float_format="%.4f", lineterminator="\n")
     rows = pd.concat([table, published], keys=["evaluated", "published"], names=["source", "model"])
     rows.round(2).to_csv(folder / f"{by}s.csv", lineterminator="\n")
-    plot_bars(table.drop(columns=BALANCED, errors="ignore"), intervals, folder / f"{by}s")
+    bars = table.drop(columns=BALANCED, errors="ignore")
+    plot_bars(bars, intervals, folder / f"{by}s", title=f"Scores by {by}")
     plot_heat_maps(by_family, folder / "families")
     for model in results:
         name = re.sub(r"[^\w.-]+", "__", model)
@@ -89,6 +90,25 @@ def write_report(
     text = "\n\n".join(_sections(scores, shared, table, published, by_family, intervals, by, benchmark)) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     return folder / "report.md"
+
+
+def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparison]) -> str:
+    """What [`compare_results`] returned, in Markdown, under the names of the two models."""
+    first, second = _escape(first), _escape(second)
+    verdicts = {"first": f"{first} is better", "second": f"{second} is better", None: NOTHING}
+    rows = []
+    for language in _ordered(comparisons, LANGUAGES.values()):
+        one, other, difference = comparisons[language]
+        _, interval, resampled = _interval_cells(difference)
+        verdict = comparisons[language].verdict
+        scores = [_number(100 * score) for score in (one, other, difference.estimate)]
+        rows.append([language, *scores, interval, verdicts.get(verdict, verdict), resampled])
+    judged = sum(comparison.verdict is not None for language, comparison in comparisons.items() if language != AVERAGE)
+    note = (
+        f"The 95 % intervals are of the difference on the same resamples, each for its language alone: of "
+        f"{judged} languages without a difference, {0.05 * judged:.1f} on average would be called different."
+    )
+    return _table(["language", first, second, "difference", "95 % interval", "", "resampled"], rows) + f"\n\n{note}"
 
 
 def _scores(results: Mapping[str, Sequence[TaskResult]], families: Mapping[str, str]) -> pd.DataFrame:
@@ -115,7 +135,9 @@ def _scores(results: Mapping[str, Sequence[TaskResult]], families: Mapping[str, 
 
 def _ordered(names: Iterable[str], first: Iterable[str]) -> list[str]:
     names, first = set(names), list(dict.fromkeys(first))
-    return [name for name in first if name in names] + sorted(names.difference(first))
+    return [name for name in first if name in names] + sorted(
+        names.difference(first), key=lambda name: (name == AVERAGE, name)
+    )
 
 
 def _average(shared: pd.DataFrame, by: Column) -> pd.DataFrame:
@@ -200,6 +222,7 @@ def _sections(scores, shared, table, published, by_family, intervals, by, benchm
             "data."
         )
     yield f"![Scores by {by}]({by}s.png)"
+    yield "The lines are the intervals below, where there are any."
     yield "## By language and family"
     for model, means in by_family.items():
         if len(by_family) > 1:

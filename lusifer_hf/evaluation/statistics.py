@@ -34,7 +34,7 @@ CONFIDENCE = 0.95
 # The widest interval that a resample of N values can give reaches from the least to the greatest, and misses a
 # symmetric distribution's center in 2 of 2**N cases: with 5 in 6 %, with 3 in 25 %.
 MIN_UNITS = 5
-CHUNK_ELEMENTS = 4_000_000  # of a matrix of counts; some tens of megabytes
+CHUNK_ELEMENTS = 250_000  # of a matrix of counts, which then stays in a CPU's cache: half the time
 
 
 class Examples(Protocol):
@@ -72,11 +72,12 @@ class RankCorrelation:
         return len(self.gold)
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
-        one, other = (_ranks(values, counts) for values in (self.predicted, self.gold))
-        one, other = (ranks - (counts * ranks).mean(1, keepdims=True) for ranks in (one, other))
-        spread = np.sqrt((counts * one**2).sum(1) * (counts * other**2).sum(1))
+        middle = (self.size + 1) / 2  # the mean of all ranks
+        one, other = (_ranks(values, counts) - middle for values in (self.predicted, self.gold))
+        weighted = counts * one
+        spread = np.sqrt(_row_dot(weighted, one) * _row_dot(counts, other**2))
         # A resample of equal values has no correlation; in sets of a useful size it does not occur.
-        return (counts * one * other).sum(1) / np.where(spread > 0, spread, np.inf)
+        return _row_dot(weighted, other) / np.where(spread > 0, spread, np.inf)
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,10 @@ def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     order, starts, group = _groups(values)
     drawn = np.add.reduceat(counts[:, order], starts, axis=1)  # (R, groups)
     return (drawn.cumsum(1) - (drawn - 1) / 2)[:, group]
+
+
+def _row_dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.einsum("rn,rn->r", one, other)
 
 
 def _by_language(rows: Iterable[Entry]) -> dict[str, dict[str, list[Entry]]]:
