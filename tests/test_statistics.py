@@ -117,9 +117,8 @@ def test_differences_hold_the_truth():
     held = 0
     for trial in range(300):
         difficulty, *noise = np.random.default_rng(trial).normal(size=(3, 60))
-        examples = [
-            {("t", "test", "eng"): Mean(difficulty + shift + own)} for shift, own in zip((1, 0.5), noise, strict=True)
-        ]
+        values = [difficulty + shift + own for shift, own in zip((1, 0.5), noise, strict=True)]
+        examples = [{("t", "test", "eng"): Mean(own)} for own in values]
         sides = [[result("t", {"eng": own.mean()})] for own in values]
         difference = compare_results(*sides, examples, resamples=400, seed=trial)["en"].difference
         held += difference.low <= 0.5 <= difference.high
@@ -223,7 +222,6 @@ def test_a_difference_is_found_that_each_interval_alone_hides(unit):
     assert compare_results(second, first, examples[::-1], unit=unit)["en"].verdict == "second"
     one, other = (score_intervals(side, own)["en"] for side, own in zip((first, second), examples, strict=True))
     assert one.low < other.high
-    assert compare_results(*pair(0), unit=unit if unit == "tasks" else None)["en"].verdict == "within noise"
 
 
 def test_only_what_both_have_is_compared(caplog):
