@@ -421,7 +421,7 @@ def test_bad_input_to_compare(tmp_path, capsys):
     message = compare_error(capsys, "me/model", "me/base", "--results", both)
     assert "2 evaluations, me/model@1 (" in message
     assert "me/model@2 (" in message
-    assert "give" in message
+    assert "choose one by its folder or as NAME@REVISION" in message
     assert "no task in common" in compare_error(capsys, "me/model@2", "me/base", "--results", both)
     assert "resamples=5" in compare_error(capsys, "me/base", "me/base", "--results", both, "--resamples", 5)
 

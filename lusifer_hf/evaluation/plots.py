@@ -134,8 +134,8 @@ def _spaced(family: str) -> str:
 @contextmanager
 def _figure(path: Path, width: float, height: float):
     with rc_context({"svg.hashsalt": "lusifer-hf"}):  # the same picture has the same file
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(path.with_name(f"{path.name}.png"), dpi=130, metadata={"Software": None})
+        figure.savefig(path.with_name(f"{path.name}.png"), metadata={"Software": None})
         figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})

@@ -5,6 +5,7 @@ The report on evaluations: tables shaped like the paper's, intervals, pictures, 
 the one beside it, (2) average them by language and by family, (3) write. The same results give the same files.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from .plots import plot_bars, plot_heat_maps
 from .results import LANGUAGES, Entry, entries
 from .statistics import AVERAGE, Comparison, Examples, Interval, Key, bootstrap
 
+
+logger = logging.getLogger(__name__)
 
 MULTILINGUAL, CROSS_LINGUAL = "LUSIFER(multilingual)", "LUSIFER(cross-lingual)"
 PUBLISHED = {  # tables 1 and 2 of the paper
@@ -46,7 +49,7 @@ def write_report(
 
     Args:
         results (mapping):
-            Each model's name with its results.
+            Each model's name with its results; a model without any is left out, with a warning.
         families (mapping):
             Each task's name with its type in mteb, such as `"Retrieval"`.
         folder (`str` or `Path`):
@@ -67,6 +70,9 @@ def write_report(
         is written.
     """
     folder = Path(folder)
+    for model in [model for model, tasks in results.items() if not tasks]:
+        logger.warning(f"{model} has no results, and is left out of the report.")
+    results = {model: tasks for model, tasks in results.items() if tasks}
     scores = _scores(results, families)
     shared = scores[scores.groupby(["task", "split", "subset"])["model"].transform("nunique") == len(results)]
     if shared.empty:
@@ -113,9 +119,8 @@ def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparis
 
 def _scores(results: Mapping[str, Sequence[TaskResult]], families: Mapping[str, str]) -> pd.DataFrame:
     """One row for each score, from 0 to 100."""
-    empty = [model for model, tasks in results.items() if not tasks]
-    if empty or not results:
-        raise ValueError(f"There are no results of {', '.join(empty) or 'any model'} to report.")
+    if not results:
+        raise ValueError("There are no results to report on.")
     unknown = sorted({result.task_name for tasks in results.values() for result in tasks} - families.keys())
     if unknown:
         raise ValueError(f"`families` does not say what kind of task these are: {', '.join(unknown)}.")

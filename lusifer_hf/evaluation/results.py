@@ -102,7 +102,7 @@ def find_evaluations(folder: str | Path) -> list[Evaluation]:
         raise ValueError(
             f"{folder} holds no results: give a folder that `lusifer-hf evaluate` or mteb's ResultCache wrote to."
         )
-    return sorted(evaluations, key=lambda evaluation: (evaluation.model, evaluation.revision))
+    return sorted(evaluations, key=lambda evaluation: evaluation.name)
 
 
 def find_evaluation(folder: str | Path, model: str | None = None) -> Evaluation:
@@ -124,7 +124,9 @@ def find_evaluation(folder: str | Path, model: str | None = None) -> Evaluation:
         return chosen[0]
     if chosen:
         places = ", ".join(f"{found.name} ({found.folder})" for found in chosen)
-        raise ValueError(f"{folder} holds {len(chosen)} evaluations, {places}: give the folder of one of them.")
+        raise ValueError(
+            f"{folder} holds {len(chosen)} evaluations, {places}: choose one by its folder or as NAME@REVISION."
+        )
     names = sorted({found.model for found in evaluations})
     nearest = difflib.get_close_matches(model, names, n=3, cutoff=0.0)
     raise ValueError(f"{folder} holds no evaluation of {model!r}. The nearest names: {', '.join(map(repr, nearest))}.")
