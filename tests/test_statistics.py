@@ -233,6 +233,14 @@ def test_only_what_both_have_is_compared(caplog):
         compare_results(first[:1], second[4:5])
 
 
+def test_scores_that_are_no_numbers_are_left_out(caplog):
+    first, second = ([result(f"t{i}", {"eng": score}) for i in range(6)] for score in (0.5, 0.4))
+    second[3] = result("t3", {"eng": float("nan")})
+    found = compare_results(first, second)["en"]
+    assert (found.difference.tasks, found.verdict) == (5, "first")
+    assert "t3 test eng has nan as its score" in caplog.text
+
+
 def test_sets_of_other_examples_are_no_pairs(caplog):
     first, second, examples = pair(0.01)
     examples[1]["t0", "test", "eng"] = Mean(np.ones(99))
