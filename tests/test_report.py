@@ -188,7 +188,7 @@ def test_comparison_table():
     assert lines[0].startswith(r"| language | me/a\|b | c | difference |")
     assert lines[2] == r"| en | 90.00 | 40.00 | 50.00 | 50.00 to 50.00 | me/a\|b is better | 30 examples of 1 task |"
     assert lines[3] == "| urd | 50.00 | 50.00 | 0.00 | – | – | nothing: too few (1 task) |"
-    assert "of 1 languages without a difference, 0.1 on average" in lines[-1]
+    assert "0.1 of 1 on average" in lines[-1]
 
 
 # Files
@@ -210,8 +210,8 @@ def test_model_index_is_what_the_hub_reads(tmp_path):
 
 
 def test_names_are_shown_as_they_are(tmp_path):
-    report = write_report({"a|b*_c": [result("a", {"eng": 0.5})]}, KINDS, tmp_path)
-    assert r"| a\|b\*\_c | 50.00 |" in report.read_text()
+    report = write_report({"a_b|c*_d_": [result("a", {"eng": 0.5})]}, KINDS, tmp_path)
+    assert r"| a_b\|c\*\_d\_ | 50.00 |" in report.read_text()
 
 
 def test_the_same_results_give_the_same_files(tmp_path):

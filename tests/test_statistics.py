@@ -301,7 +301,7 @@ def mocked(tmp_path_factory) -> tuple[Path, list]:
     return folder, tasks
 
 
-def test_examples_give_the_scores_of_mteb(mocked):
+def test_examples_give_the_scores_of_mteb(mocked, caplog):
     folder, tasks = mocked
     evaluation = find_evaluation(folder, "mteb/baseline-random-encoder")
     results = evaluation.load()
@@ -313,7 +313,9 @@ def test_examples_give_the_scores_of_mteb(mocked):
     assert len(set(scores.values())) > 2
     for key, found in examples.items():
         assert found(np.ones((1, found.size))).item() == pytest.approx(scores[key], abs=1e-5)
+    assert not caplog.text
     alone = load_examples(evaluation, results, folder)
+    assert "MockMultilingualSTSTask, MockPairClassificationTask" in caplog.text
     assert {task for task, _, _ in alone} == {"MockBitextMiningTask", "MockMultilingualParallelBitextMiningTask"}
 
 
@@ -365,7 +367,7 @@ def test_predictions_of_another_run_are_not_used(tmp_path, caplog):
     assert len(load_examples(evaluation, results, tmp_path)) == 2
     results[0].scores["test"][0]["main_score"] = 0.51
     assert [key[0] for key in load_examples(evaluation, results, tmp_path)] == ["other"]
-    assert "gives 0.500000 for bitext test fra, but its main score is 0.510000" in caplog.text
+    assert "bitext_predictions.json gives 0.500000 for test fra, but the main score is 0.510000" in caplog.text
     store(tmp_path / "later", "b", {"bitext": neighbours(0.5)}, meta="c")
     evaluation = find_evaluation(tmp_path / "later")
     assert load_examples(evaluation, evaluation.load(), tmp_path) == {}

@@ -118,12 +118,12 @@ def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparis
         verdict = comparisons[language].verdict
         scores = [_number(100 * score) for score in (one, other, difference.estimate)]
         rows.append([language, *scores, interval, verdicts.get(verdict, verdict), resampled])
-    judged = sum(comparison.verdict is not None for language, comparison in comparisons.items() if language != AVERAGE)
-    note = (
-        "The 95 % intervals are of the difference on the same resamples, each for its language alone: of "
-        f"{judged} languages without a difference, {0.05 * judged:.1f} on average would be called different."
+    judged = sum(language != AVERAGE and one.verdict is not None for language, one in comparisons.items())
+    return (
+        _table(["language", first, second, "difference", "95 % interval", "", "resampled"], rows)
+        + "\n\nThe intervals are of the difference on the same resamples, each for its language alone: where nothing "
+        f"differs, {0.05 * judged:.1f} of {judged} on average would be called different."
     )
-    return _table(["language", first, second, "difference", "95 % interval", "", "resampled"], rows) + f"\n\n{note}"
 
 
 def _scores(results: Mapping[str, Sequence[TaskResult]], families: Mapping[str, str]) -> pd.DataFrame:
@@ -305,8 +305,8 @@ def _number(score: float) -> str:
 
 
 def _escape(name: str) -> str:
-    """A name as Markdown shows it."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(name.split()))
+    """A name as Markdown shows it; an underscore inside a word means nothing there."""
+    return re.sub(r"[\\`*\[\]<>|#~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(name.split()))
 
 
 def _model_index(model: str, results: Sequence[TaskResult], families: Mapping[str, str]) -> str:

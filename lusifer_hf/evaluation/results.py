@@ -141,7 +141,7 @@ def entries(result: TaskResult) -> Iterator[Entry]:
     for split, subsets in result.scores.items():
         for scores in subsets:
             score, subset = scores["main_score"], scores["hf_subset"]
-            if score is None or math.isnan(score):
+            if math.isnan(score):
                 logger.warning(f"{result.task_name} {split} {subset} has {score} as its score: it is left out.")
                 continue
             yield Entry(result.task_name, split, subset, language_of(scores["languages"]), float(score))
