@@ -93,10 +93,20 @@ def test_only_what_all_models_have_is_averaged(tmp_path):
         ["complete", "50.00", "**50.00**", "**50.00**", "**50.00**"],
         ["easy", "**60.00**", "40.00", "**50.00**", "**50.00**"],
     ]
-    assert "b (en: only complete); c (te: only complete)." in report.read_text()
+    assert "b (en; of complete); c (te; of complete)." in report.read_text()
     scores = (tmp_path / "scores.csv").read_text().splitlines()
     assert len(scores) == 1 + 4 + 2
     assert "complete,c,STS,te,test,tel,10.0000" in scores
+
+
+def test_other_versions_of_the_data_do_not_compare(tmp_path, caplog):
+    before, after = ([result("a", {"eng": score}), result("c", {"eng": 0.5})] for score in (0.1, 0.9))
+    after[0].dataset_revision = "8"
+    report = write_report({"before": before, "after": after}, KINDS, tmp_path)
+    assert [row[1] for row in tables(report)[0][1:]] == ["**50.00**", "**50.00**"]
+    assert "a (en; of before, after)." in report.read_text()
+    assert "a was evaluated on different versions of its data (7, 8)" in caplog.text
+    assert compare_results(before, after)["en"].difference.estimate == 0
 
 
 def test_families_that_a_language_lacks(tmp_path):

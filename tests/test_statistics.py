@@ -25,7 +25,6 @@ from lusifer_hf.evaluation.statistics import (
     RankCorrelation,
     bootstrap,
     compare_results,
-    score_intervals,
 )
 
 
@@ -38,6 +37,10 @@ def result(task: str, scores: dict[str, float], split: str = "test") -> TaskResu
     return TaskResult(
         task_name=task, dataset_revision="1", mteb_version="2.26.0", evaluation_time=1.0, scores={split: subsets}
     )
+
+
+def score_intervals(results: list[TaskResult], examples: dict | None = None, **options) -> dict:
+    return bootstrap([entry for result in results for entry in entries(result)], examples or {}, **options)
 
 
 def single(examples) -> tuple[list[Entry], dict]:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import yaml_dump
 from mteb.results import TaskResult
 
 from .plots import plot_bars, plot_heat_maps
-from .results import LANGUAGES, Entry, entries
+from .results import LANGUAGES, Entry, changed_tasks, entries
 from .statistics import AVERAGE, Comparison, Examples, Interval, Key, bootstrap
 
 
@@ -75,7 +75,9 @@ def write_report(
         logger.warning(f"{model} has no results, and is left out of the report.")
     results = {model: tasks for model, tasks in results.items() if tasks}
     scores = _scores(results, families)
-    shared = scores[scores.groupby(["task", "split", "subset"])["model"].transform("nunique") == len(results)]
+    changed = changed_tasks(result for tasks in results.values() for result in tasks)
+    in_common = scores.groupby(["task", "split", "subset"])["model"].transform("nunique") == len(results)
+    shared = scores[in_common & ~scores["task"].isin(changed)]
     if shared.empty:
         raise ValueError(f"There is no task that all of {', '.join(results)} were evaluated on: report on each alone.")
     by: Column = "task" if benchmark == CROSS_LINGUAL else "language"
@@ -213,12 +215,12 @@ def _head(benchmark: str | None, scores: pd.DataFrame, shared: pd.DataFrame) -> 
         "one is in [scores.csv](scores.csv)."
     )
     left_out = [
-        f"{_escape(task)} ({', '.join(rows['language'].unique())}: only "
-        f"{', '.join(map(_escape, rows['model'].unique()))})"
+        f"{_escape(task)} ({', '.join(rows['language'].unique())}; "
+        f"of {', '.join(map(_escape, rows['model'].unique()))})"
         for task, rows in scores.drop(shared.index).groupby("task")
     ]
     if left_out:
-        yield f"**Left out below, because not all models have it:** {'; '.join(left_out)}."
+        yield f"**Left out below, because not all models have it on the same data:** {'; '.join(left_out)}."
 
 
 def _models_section(by: Column, table: pd.DataFrame, published: pd.DataFrame) -> Iterator[str]:

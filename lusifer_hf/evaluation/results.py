@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -145,6 +145,18 @@ def entries(result: TaskResult) -> Iterator[Entry]:
                 logger.warning(f"{result.task_name} {split} {subset} has {score} as its score: it is left out.")
                 continue
             yield Entry(result.task_name, split, subset, language_of(scores["languages"]), float(score))
+
+
+def changed_tasks(results: Iterable[TaskResult]) -> set[str]:
+    """The tasks that were evaluated on different versions of their data, of each with a warning."""
+    versions: dict[str, set[str]] = {}
+    for result in results:
+        versions.setdefault(result.task_name, set()).add(result.dataset_revision)
+    changed = {task for task, found in versions.items() if len(found) > 1}
+    for task in sorted(changed):
+        names = ", ".join(sorted(versions[task]))
+        logger.warning(f"{task} was evaluated on different versions of its data ({names}): it does not compare.")
+    return changed
 
 
 def language_of(languages: list[str]) -> str:
