@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--attn-implementation", metavar="NAME", default=None)
     encode.add_argument("--compile-layers", action="store_true", default=False, help="faster long runs on a GPU")
 
-    compare = command("compare", _compare, "Compare two evaluated models, with 95 % intervals of their differences.")
+    compare = command("compare", _compare, "Compare two evaluated models, and say which differences are within noise.")
     compare.add_argument("first", metavar="A", help="folder with one evaluation; with --results a model's name")
     compare.add_argument("second", metavar="B", help="the same of the other model")
     compare.add_argument("--results", metavar="FOLDER", default=None, help="folder in which both were evaluated")
