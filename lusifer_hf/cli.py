@@ -78,6 +78,29 @@ def _encode(
     print(output)
 
 
+def _compare(first: str, second: str, results: str | None, local: str | None, **options):
+    from .evaluation.examples import known_tasks, load_examples
+    from .evaluation.report import comparison_table
+    from .evaluation.results import find_evaluation
+    from .evaluation.statistics import compare_results
+
+    evaluations = [find_evaluation(results or name, name if results else None) for name in (first, second)]
+    loaded = [evaluation.load() for evaluation in evaluations]
+    examples = None
+    if options.get("unit") != "tasks":
+        tasks = known_tasks([result for of_model in loaded for result in of_model])
+        if local is not None:
+            from .evaluation.local import local_tasks
+
+            tasks += local_tasks(local)
+        examples = tuple(
+            load_examples(evaluation, of_model, results or name, tasks)
+            for evaluation, of_model, name in zip(evaluations, loaded, (first, second), strict=True)
+        )
+    print("\n".join(f"{name}: {found.name}" for name, found in zip((first, second), evaluations, strict=True)) + "\n")
+    print(comparison_table(first, second, compare_results(*loaded, examples, **options)))
+
+
 def _quickstart():
     import numpy as np
     from sentence_transformers import SentenceTransformer
@@ -183,6 +206,15 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--device", default=None, help="default: the accelerator, if there is one")
     encode.add_argument("--attn-implementation", metavar="NAME", default=None)
     encode.add_argument("--compile-layers", action="store_true", default=False, help="faster long runs on a GPU")
+
+    compare = command("compare", _compare, "Compare two evaluated models, and say which differences are within noise.")
+    compare.add_argument("first", metavar="A", help="folder with one evaluation; with --results a model's name")
+    compare.add_argument("second", metavar="B", help="the same of the other model")
+    compare.add_argument("--results", metavar="FOLDER", default=None, help="folder in which both were evaluated")
+    compare.add_argument("--local", metavar="FOLDER", default=None, help="files of local tasks, for their examples")
+    compare.add_argument("--unit", choices=("examples", "tasks"), help="what is resampled; default: see the docs")
+    compare.add_argument("--resamples", type=int, metavar="N")
+    compare.add_argument("--seed", type=int, metavar="N")
 
     command("quickstart", _quickstart, "Train a tiny model in a checkout, and load it in every way.")
     return parser

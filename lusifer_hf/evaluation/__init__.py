@@ -1,0 +1,1 @@
+"""Evaluation with mteb: the benchmark, the runs, and the reports on them."""
