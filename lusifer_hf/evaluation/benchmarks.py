@@ -1,14 +1,14 @@
 """
 The benchmark of the LUSIFER paper as `mteb.Benchmark` objects: multilingual, cross-lingual, and a quick subset.
 
-`TASKS` lists the tasks of each language. A task stands in a benchmark once, with the subsets of the languages that list
-it. Which subsets those are:
+`TASKS` lists the tasks of each language. A task stands in a benchmark once, with the subsets of the languages that
+list it. Which subsets those are:
 
-- multilingual: those that hold the language alone (mteb's `exclusive_language_filter`), so of STS17 for Spanish `es-es`
-  but not `es-en`; where a task has none (STS17 for French, IndicCrosslingualSTS), those that pair it with another;
+- multilingual: those that hold the language alone (mteb's `exclusive_language_filter`): of STS17 for Spanish `es-es`,
+  not `es-en`; where a task has none (STS17 for French, IndicCrosslingualSTS), those that pair it with another;
 - cross-lingual: those that pair two languages, of all languages, or with a selection those of two selected ones.
 
-54 of the names have a successor in mteb, `mteb.get_task(name).superseded_by`; the benchmark keeps the tasks of the paper.
+54 of the 180 names have a successor in mteb, `mteb.get_task(name).superseded_by`; the paper's tasks are kept.
 """
 
 import difflib
@@ -173,7 +173,8 @@ _ABOUT = {
 BENCHMARKS = tuple(_ABOUT)
 _CITATION = r"""
 @article{man2025lusifer,
-  title = {LUSIFER: Language Universal Space Integration for Enhanced Multilingual Embeddings with Large Language Models},
+  title = {LUSIFER: Language Universal Space Integration for Enhanced Multilingual Embeddings with Large Language
+    Models},
   author = {Man, Hieu and Ngo, Nghia Trung and Lai, Viet Dac and Rossi, Ryan A. and Dernoncourt, Franck and
     Nguyen, Thien Huu},
   journal = {arXiv preprint arXiv:2501.00874},
@@ -190,7 +191,7 @@ def get_benchmark(name: str, languages: Sequence[str] | None = None) -> mteb.Ben
         name (`str`):
             `"LUSIFER(multilingual)"`, `"LUSIFER(cross-lingual)"` or `"LUSIFER(quick)"`.
         languages (sequence of `str`, *optional*):
-            Keys of `LANGUAGE_CODES`. By default the 14 languages of the paper; for the cross-lingual tasks all of mteb's.
+            Keys of `LANGUAGE_CODES`. By default the 14 languages of the paper; of the cross-lingual tasks, all pairs.
 
     Raises:
         `ValueError`: naming the benchmark or language that does not exist, or has no task here.
@@ -219,7 +220,7 @@ def get_tasks(names: Sequence[str], languages: Sequence[str] | None = None) -> l
     Tasks of mteb by name, a task of the benchmark in the languages that list it, another in all of its languages.
 
     Raises:
-        `ValueError`: for a task or language that does not exist, with the nearest name, or a task without the language.
+        `ValueError`: for a task or language that does not exist, with the nearest name, or a task without it.
     """
     _check_languages(languages)
     listed = {task.metadata.name: task for task in _multilingual_tasks(languages or list(LANGUAGE_CODES))}
