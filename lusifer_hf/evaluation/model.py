@@ -2,8 +2,8 @@
 LUSIFER as an mteb encoder, and what mteb's registry wants to know about it.
 
 A text is embedded with the prompt that mteb's own rule, `get_prompt_name`, picks from the model's `instructions`. So
-the scores are those of `mteb.evaluate(SentenceTransformer(folder))`, which picks by the same rule from the prompts file
-that was written from them.
+the scores are those of `mteb.evaluate(SentenceTransformer(folder))`, which picks by the same rule from the prompts
+file that was written from them.
 """
 
 from typing import Any
@@ -114,7 +114,7 @@ def model_meta(model: LusiferModel, name: str | None = None, revision: str | Non
     meta = {
         "loader": LusiferEncoder,
         "name": name or "/".join(["local", *model.name_or_path.strip("/").split("/")][-2:]),
-        "revision": revision or model.config._commit_hash or "no_revision_available",
+        "revision": revision or "no_revision_available",
         "languages": LANGUAGES,
         "n_parameters": sum(parameter.numel() for parameter in parameters),
         "n_embedding_parameters": model.encoder.get_input_embeddings().weight.numel(),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import mteb
 from mteb.abstasks import AbsTask
 from mteb.models import CachedEmbeddingWrapper, ModelMeta, SentenceTransformerEncoderWrapper
@@ -115,6 +116,7 @@ def run(
         if names.count(source.name) > 1:
             raise ValueError(f"Two models are called {source.name}: put one into a folder of another name.")
     output = Path(output)
+    datasets.disable_progress_bars()  # there is one bar, over the whole run
     results = mteb.ResultCache(output)
     finished: dict[str, list[TaskResult]] = {source.name: [] for source in sources}
     failures = []
