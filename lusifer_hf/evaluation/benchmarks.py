@@ -13,6 +13,7 @@ list it. Which subsets those are:
 
 import difflib
 from collections.abc import Sequence
+from functools import cache
 
 import mteb
 from mteb.abstasks import AbsTask
@@ -201,9 +202,8 @@ def get_benchmark(name: str, languages: Sequence[str] | None = None) -> mteb.Ben
     if name == "LUSIFER(cross-lingual)":
         tasks = _cross_lingual_tasks(languages)
     else:
-        tasks = _multilingual_tasks(languages or PAPER_LANGUAGES)
-        if name == "LUSIFER(quick)":
-            tasks = [task for task in tasks if task.metadata.name in QUICK.split()]
+        names = QUICK.split() if name == "LUSIFER(quick)" else None
+        tasks = _multilingual_tasks(languages or PAPER_LANGUAGES, names)
     if not tasks:
         raise ValueError(f"{name} has no task in {', '.join(languages)}.")
     return mteb.Benchmark(
@@ -223,7 +223,7 @@ def get_tasks(names: Sequence[str], languages: Sequence[str] | None = None) -> l
         `ValueError`: for a task or language that does not exist, with the nearest name, or a task without it.
     """
     _check_languages(languages)
-    listed = {task.metadata.name: task for task in _multilingual_tasks(languages or list(LANGUAGE_CODES))}
+    listed = {task.metadata.name: task for task in _multilingual_tasks(languages or list(LANGUAGE_CODES), names)}
     codes = [code for language in languages for code in LANGUAGE_CODES[language]] if languages else None
     tasks = []
     for name in names:
@@ -241,34 +241,41 @@ def register_benchmarks():
     _build_registry().update({name: get_benchmark(name) for name in BENCHMARKS})
 
 
-def _multilingual_tasks(languages: Sequence[str]) -> list[AbsTask]:
+def _multilingual_tasks(languages: Sequence[str], names: Sequence[str] | None = None) -> list[AbsTask]:
     subsets: dict[str, list[str]] = {}
     for language in languages:
         for name in TASKS[language].split():
-            subsets.setdefault(name, []).extend(_subsets(name, language))
+            if names is None or name in names:
+                subsets.setdefault(name, []).extend(_subsets(name, language))
     return [mteb.get_task(name, hf_subsets=wanted) for name, wanted in subsets.items()]
 
 
 def _subsets(name: str, language: str) -> list[str]:
-    codes = LANGUAGE_CODES[language]
-    try:
-        return mteb.get_task(name, languages=codes, exclusive_language_filter=True).hf_subsets
-    except ValueError:  # of mteb, where none is left
-        return mteb.get_task(name, languages=codes).hf_subsets
+    wanted = set(LANGUAGE_CODES[language])
+    codes = _subset_codes(name)
+    alone = [subset for subset, found in codes.items() if found <= wanted]
+    return alone or [subset for subset, found in codes.items() if found & wanted]
 
 
 def _cross_lingual_tasks(languages: Sequence[str] | None) -> list[AbsTask]:
     selected = {code for language in languages or () for code in LANGUAGE_CODES[language]}
     tasks = []
     for name in CROSS_LINGUAL.split():
-        subsets = []
-        for subset, langscripts in mteb.get_task(name).metadata.hf_subsets_to_langscripts.items():
-            pair = {langscript.split("-")[0] for langscript in langscripts}
-            if len(pair) == 2 and (not languages or pair <= selected):
-                subsets.append(subset)
+        subsets = [
+            subset
+            for subset, found in _subset_codes(name).items()
+            if len(found) == 2 and (not languages or found <= selected)
+        ]
         if subsets:
             tasks.append(mteb.get_task(name, hf_subsets=subsets))
     return tasks
+
+
+@cache
+def _subset_codes(name: str) -> dict[str, set[str]]:
+    """The languages of each subset of a task."""
+    subsets = mteb.get_task(name).metadata.hf_subsets_to_langscripts
+    return {subset: {langscript.split("-")[0] for langscript in found} for subset, found in subsets.items()}
 
 
 def _check_languages(languages: Sequence[str] | None):
