@@ -43,22 +43,24 @@ class _LocalTask(AbsTask):
     task_type: str
     main_score: str
     suffix = ".tsv"
+    files: dict[str, Path]
 
-    def __init__(self, name: str, files: dict[str, Path], languages: dict[str, list[str]]):
-        self.files = files
-        self.metadata = TaskMetadata(
+    @classmethod
+    def from_files(cls, name: str, files: dict[str, Path], languages: dict[str, list[str]]) -> "_LocalTask":
+        metadata = TaskMetadata(
             name=name,
-            type=self.task_type,
-            main_score=self.main_score,
+            type=cls.task_type,
+            main_score=cls.main_score,
             eval_langs=languages,
             eval_splits=["test"],
             # mteb runs a task again when the revision of its data is another one.
             dataset={"path": str(next(iter(files.values())).parent), "revision": _fingerprint(files.values())},
             description=f"The local files of {name}.",
-            category="t2c" if self.task_type in ("Classification", "Clustering") else "t2t",
+            category="t2c" if cls.task_type in ("Classification", "Clustering") else "t2t",
             modalities=["text"],
         )
-        super().__init__()
+        # A class for each set: an instance's own metadata is dropped when mteb unloads the data.
+        return type(cls.__name__, (cls,), {"files": files, "metadata": metadata})()
 
     def load_data(self, num_proc: int | None = None, **kwargs):
         if not self.data_loaded:
@@ -206,7 +208,7 @@ def local_tasks(folder: str | Path) -> list[AbsTask]:
             if not files:
                 raise ValueError(f"{place} holds no language: expected {kind}/SET/LANG{task_class.suffix}.")
             languages = {subset: _languages(subset, path) for subset, path in files.items()}
-            tasks.append(task_class(f"{place.name}-{kind}", files, languages))
+            tasks.append(task_class.from_files(f"{place.name}-{kind}", files, languages))
     if not tasks:
         raise ValueError(f"{folder} holds no {'/, '.join(KINDS)}/ with a set in it.")
     return tasks
