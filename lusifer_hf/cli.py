@@ -95,11 +95,36 @@ def _evaluate(
     results, failures = run([model, *baseline], selected, output, **options)
     if any(results.values()):
         report = Path(output) / "report"
-        write_report(results, {task.metadata.name: task.metadata.type for task in selected}, report)
+        families = {task.metadata.name: task.metadata.type for task in selected}
+        of_one = len(benchmark) == 1 and not tasks and local is None
+        write_report(results, families, report, benchmark=benchmark[0] if of_one else None)
         print(report)
     if failures:
         listed = "\n".join(f"  {failure.model}, {failure.task}: {failure.error}" for failure in failures)
         raise ValueError(f"{len(failures)} evaluations failed; the same command runs them again:\n{listed}")
+
+
+def _compare(first: str, second: str, results: str | None, local: str | None, **options):
+    from .evaluation.examples import known_tasks, load_examples
+    from .evaluation.report import comparison_table
+    from .evaluation.results import find_evaluation
+    from .evaluation.statistics import compare_results
+
+    evaluations = [find_evaluation(results or name, name if results else None) for name in (first, second)]
+    loaded = [evaluation.load() for evaluation in evaluations]
+    examples = None
+    if options.get("unit") != "tasks":
+        tasks = known_tasks([result for of_model in loaded for result in of_model])
+        if local is not None:
+            from .evaluation.local import local_tasks
+
+            tasks += local_tasks(local)
+        examples = tuple(
+            load_examples(evaluation, of_model, results or name, tasks)
+            for evaluation, of_model, name in zip(evaluations, loaded, (first, second), strict=True)
+        )
+    print("\n".join(f"{name}: {found.name}" for name, found in zip((first, second), evaluations, strict=True)) + "\n")
+    print(comparison_table(first, second, compare_results(*loaded, examples, **options)))
 
 
 def _quickstart():
@@ -223,6 +248,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, metavar="N", help="texts in a batch of any other; default: 32")
     evaluate.add_argument("--cache", action="store_true", help="keep embeddings, for texts that come again in a task")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run code of the models' repositories")
+
+    compare = command("compare", _compare, "Compare two evaluated models, with 95 % intervals of their differences.")
+    compare.add_argument("first", metavar="A", help="folder with one evaluation; with --results a model's name")
+    compare.add_argument("second", metavar="B", help="the same of the other model")
+    compare.add_argument("--results", metavar="FOLDER", default=None, help="folder in which both were evaluated")
+    compare.add_argument("--local", metavar="FOLDER", default=None, help="files of local tasks, for their examples")
+    compare.add_argument("--unit", choices=("examples", "tasks"), help="what is resampled; default: see the docs")
+    compare.add_argument("--resamples", type=int, metavar="N")
+    compare.add_argument("--seed", type=int, metavar="N")
 
     command("quickstart", _quickstart, "Train a tiny model in a checkout, and load it in every way.")
     return parser
