@@ -9,7 +9,7 @@ import json
 import mteb
 import numpy as np
 import pytest
-from conftest import assert_distinct, widen
+from conftest import assert_distinct
 from mteb.mocks import mock_tasks
 from mteb.models import ModelMeta
 from mteb.types import PromptType
@@ -45,24 +45,13 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory, tiny_backbones):
-    folder = tmp_path_factory.mktemp("evaluated")
-    compose(*map(str, tiny_backbones), folder / "composed", seed=0)
-    model = LusiferModel.from_pretrained(folder / "composed")
-    for module in (model.connector, model.projection):
-        widen(module)
-    model.save_pretrained(folder / "model")
-    return folder / "model"
+def encoder(prompted_repository) -> LusiferEncoder:
+    return LusiferEncoder(str(prompted_repository), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def encoder(repository) -> LusiferEncoder:
-    return LusiferEncoder(str(repository), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def sentence_transformer(repository) -> SentenceTransformer:
-    return SentenceTransformer(str(repository), device="cpu")
+def sentence_transformer(prompted_repository) -> SentenceTransformer:
+    return SentenceTransformer(str(prompted_repository), device="cpu")
 
 
 def evaluate(model, task) -> list[dict]:
@@ -160,18 +149,19 @@ def test_embeddings_are_those_of_encode(encoder, sentences):
 # Where the prompts are written
 
 
-def test_the_prompts_file_holds_the_task_names(repository):
-    prompts = json.loads((repository / "config_sentence_transformers.json").read_text())["prompts"]
+def test_the_prompts_file_holds_the_task_names(tiny_backbones, tmp_path):
+    compose(*map(str, tiny_backbones), tmp_path / "composed", seed=0)
+    prompts = json.loads((tmp_path / "composed/config_sentence_transformers.json").read_text())["prompts"]
     assert set(prompts) == {"query", "document", *INSTRUCTIONS}
     assert prompts["STS"] == f"{SIMILAR}\n"
     assert prompts["Retrieval-document"] == f"{QUESTION} Candidate:\n"
     assert prompts["query"] == LusiferConfig().prompt("query")
 
 
-def test_the_prompts_survive_loading_and_saving(repository, tmp_path):
-    LusiferModel.from_pretrained(repository).save_pretrained(tmp_path / "again")
+def test_the_prompts_survive_loading_and_saving(prompted_repository, tmp_path):
+    LusiferModel.from_pretrained(prompted_repository).save_pretrained(tmp_path / "again")
     for name in ("config_sentence_transformers.json", "config.json"):
-        assert (tmp_path / "again" / name).read_text() == (repository / name).read_text()
+        assert (tmp_path / "again" / name).read_text() == (prompted_repository / name).read_text()
 
 
 def test_a_model_without_the_table_in_its_config(tiny_repository, encoder):
@@ -212,7 +202,7 @@ def test_training_data_have_names_of_mteb():
     assert [mteb.get_task(name).metadata.name for name in sorted(TRAINING_DATASETS)] == sorted(TRAINING_DATASETS)
 
 
-def test_mteb_loads_the_model_by_its_meta(repository):
-    meta = model_meta(LusiferModel.from_pretrained(repository), "organisation/model", "abc")
-    loaded = meta.loader(str(repository), None, device="cpu", max_length=32)
+def test_mteb_loads_the_model_by_its_meta(prompted_repository):
+    meta = model_meta(LusiferModel.from_pretrained(prompted_repository), "organisation/model", "abc")
+    loaded = meta.loader(str(prompted_repository), None, device="cpu", max_length=32)
     assert loaded.options["max_length"] == 32
