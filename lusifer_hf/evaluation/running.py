@@ -129,7 +129,8 @@ def run(
             for task in tasks:
                 progress.set_description(f"{source.name}: {task.metadata.name}")
                 result = results.load_task_result(task.metadata.name, meta)
-                if result is None or not result.is_mergeable(task) or result.get_missing_evaluations(task):
+                is_current = result is not None and result.is_mergeable(task)
+                if not is_current or result.get_missing_evaluations(task):
                     if encoder is None:
                         encoder = load_encoder(source, devices=devices, **options)
                         if cache:
@@ -139,6 +140,8 @@ def run(
                             encoder,
                             copy.deepcopy(task),  # its random state and data would go over to the next model
                             cache=results,
+                            # Left to itself, mteb returns a complete result of other data.
+                            overwrite_strategy="only-missing" if is_current else "always",
                             prediction_folder=output / "predictions" / folder,
                             encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
                             show_progress_bar=False,
