@@ -78,6 +78,32 @@ def _encode(
     print(output)
 
 
+def _evaluate(
+    model: str,
+    output: str,
+    baseline: tuple[str, ...] = (),
+    benchmark: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = (),
+    local: str | None = None,
+    languages: list[str] | None = None,
+    **options,
+):
+    from .evaluation.report import write_report
+    from .evaluation.running import run, select_tasks
+
+    selected = select_tasks(benchmark, tasks, local, languages)
+    results, failures = run([model, *baseline], selected, output, **options)
+    if any(results.values()):
+        report = Path(output) / "report"
+        families = {task.metadata.name: task.metadata.type for task in selected}
+        of_one = len(benchmark) == 1 and not tasks and local is None
+        write_report(results, families, report, benchmark=benchmark[0] if of_one else None)
+        print(report)
+    if failures:
+        listed = "\n".join(f"  {failure.model}, {failure.task}: {failure.error}" for failure in failures)
+        raise ValueError(f"{len(failures)} evaluations failed; the same command runs them again:\n{listed}")
+
+
 def _compare(first: str, second: str, results: str | None, local: str | None, **options):
     from .evaluation.examples import known_tasks, load_examples
     from .evaluation.report import comparison_table
@@ -206,6 +232,22 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--device", default=None, help="default: the accelerator, if there is one")
     encode.add_argument("--attn-implementation", metavar="NAME", default=None)
     encode.add_argument("--compile-layers", action="store_true", default=False, help="faster long runs on a GPU")
+
+    evaluate = command("evaluate", _evaluate, "Evaluate a model with mteb. The same command goes on where it stopped.")
+    evaluate.add_argument("--model", required=True, metavar="ID", help="Hub id or folder")
+    evaluate.add_argument("--baseline", nargs="+", metavar="ID", help="other models, of sentence-transformers too")
+    evaluate.add_argument("--benchmark", nargs="+", metavar="NAME", help='such as "LUSIFER(multilingual)"')
+    evaluate.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of mteb")
+    evaluate.add_argument("--local", metavar="DIR", help="a folder with KIND/SET/LANG files (docs/evaluation.md)")
+    evaluate.add_argument("--languages", nargs="+", metavar="LANG", help="default: the 14 of the paper")
+    evaluate.add_argument("--output", default="outputs/evaluation", metavar="DIR", help="default: %(default)s")
+    evaluate.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    evaluate.add_argument("--devices", nargs="+", metavar="DEVICE", help="several share the texts: cuda:0 cuda:1")
+    evaluate.add_argument("--max-length", type=int, metavar="N", help="longer texts are cut to so many tokens")
+    evaluate.add_argument("--max-tokens-per-batch", type=int, metavar="N", help="of a LUSIFER model on one device")
+    evaluate.add_argument("--batch-size", type=int, metavar="N", help="texts in a batch of any other; default: 32")
+    evaluate.add_argument("--cache", action="store_true", help="keep embeddings, for texts that come again in a task")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="run code of the models' repositories")
 
     compare = command("compare", _compare, "Compare two evaluated models, and say which differences are within noise.")
     compare.add_argument("first", metavar="A", help="folder with one evaluation; with --results a model's name")

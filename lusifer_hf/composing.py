@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .modeling_lusifer import LusiferModel
+from .prompts import INSTRUCTIONS
 from .publishing import new_folder, save_repository
 
 
@@ -20,6 +21,7 @@ def compose(encoder: str, llm: str, output: str | Path, **options) -> LusiferMod
         options:
             As in [`LusiferModel.from_backbones`]: `seed`, `dtype` and any field of the config.
     """
+    options.setdefault("instructions", INSTRUCTIONS)
     with new_folder(output) as folder:
         model = LusiferModel.from_backbones(encoder, llm, **options)
         save_repository(model, folder)

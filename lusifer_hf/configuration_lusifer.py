@@ -48,6 +48,9 @@ class LusiferConfig(PreTrainedConfig):
             Name of the formatting of instructions, a key of `PROMPT_TEMPLATES`.
         default_instruction (`str`, *optional*):
             The instruction of `encode_query` and `encode_document` when none is given.
+        instructions (`dict[str, str]`, *optional*):
+            Further instructions, each with the name of a prompt of sentence-transformers, such as mteb's names of
+            tasks and of task types. A name that ends in "-document" takes the document template, others the query's.
     """
 
     model_type = "lusifer"
@@ -63,6 +66,7 @@ class LusiferConfig(PreTrainedConfig):
     alignment_attention: AlignmentAttention = "bidirectional"
     prompt_template: str = "default"
     default_instruction: str = "Given a web search query, retrieve relevant passages that answer the query:"
+    instructions: dict[str, str] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -121,6 +125,13 @@ class LusiferConfig(PreTrainedConfig):
         if not instruction and self.prompt_template == "default":
             return ""
         return templates[name].format(instruction=instruction)
+
+    def prompts(self) -> dict[str, str]:
+        """The prefixes by name that sentence-transformers reads: "query", "document" and those of `instructions`."""
+        prompts = {name: self.prompt(name) for name in ("query", "document")}
+        for name, instruction in (self.instructions or {}).items():
+            prompts[name] = self.prompt("document" if name.endswith("-document") else "query", instruction)
+        return prompts
 
 
 def _as_config(config: dict | PreTrainedConfig | None, default_model_type: str) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .configuration_lusifer import LusiferConfig
 from .modeling_lusifer import LusiferModel
+from .prompts import INSTRUCTIONS
 from .publishing import new_folder, save_repository
 
 
@@ -144,6 +145,7 @@ def convert(
             "pooling": pooling or arguments.get("pooling_method", "mean"),
             "added_token_positions": added_token_positions,
             "prompt_template": "research",
+            "instructions": INSTRUCTIONS,
         }
         tensors, names, dropped = _rename(stored, fields["connector"])
         del stored

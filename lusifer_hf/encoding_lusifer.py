@@ -342,7 +342,7 @@ def write_sentence_transformers_files(config, folder: Path):
         },
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
-            "prompts": {name: config.prompt(name) for name in ("query", "document")},
+            "prompts": config.prompts(),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
             "requirements": REQUIREMENTS,

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding
 
 from lusifer_hf import LusiferConfig, LusiferModel
+from lusifer_hf.prompts import INSTRUCTIONS
 from lusifer_hf.quickstart import SENTENCES, make_tiny_backbones
 
 
@@ -209,6 +210,14 @@ def tiny_repository(tmp_path_factory, tiny_backbones) -> Path:
     widen(model.connector)
     widen(model.projection)
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompted_repository(tmp_path_factory, tiny_repository) -> Path:
+    """The same with the instructions of mteb's tasks, as `compose` writes it."""
+    folder = tmp_path_factory.mktemp("models") / "prompted-lusifer"
+    LusiferModel.from_pretrained(tiny_repository, instructions=INSTRUCTIONS).save_pretrained(folder)
     return folder
 
 

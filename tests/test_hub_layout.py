@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 import lusifer_hf.encoding_lusifer
 from lusifer_hf import LusiferModel
 from lusifer_hf.composing import compose
+from lusifer_hf.prompts import INSTRUCTIONS
 from lusifer_hf.quickstart import SENTENCES, make_tiny_backbones
 
 
@@ -209,7 +210,14 @@ def test_same_ids_everywhere(folder, model, monkeypatch):
     split = task.dataset["default"]["test"]
     queries = [row["text"] for row in split["queries"]]
     documents = [f"{row.get('title') or ''} {row['text']}".strip() for row in split["corpus"]]
-    ours = ids_seen(model, lambda: (model.encode_query(queries), model.encode_document(documents)), monkeypatch)
+    ours = ids_seen(
+        model,
+        lambda: (
+            model.encode_query(queries, instruction=INSTRUCTIONS["Retrieval-query"]),
+            model.encode_document(documents, instruction=INSTRUCTIONS["Retrieval-document"]),
+        ),
+        monkeypatch,
+    )
     assert ours == in_mteb
 
 

@@ -26,6 +26,7 @@ from ..converting import _merge, _save_adapter
 from ..data.mixture import Stage
 from ..modeling_alignment import LusiferForAlignment
 from ..modeling_lusifer import LusiferModel
+from ..prompts import INSTRUCTIONS
 from ..publishing import new_folder, save_repository
 from .arguments import FINAL, ModelArguments, RepresentationConfig, TrainingConfig
 
@@ -56,6 +57,7 @@ def load_for_stage(stage: Stage, args: ModelArguments) -> LusiferModel | Lusifer
             dtype=args.dtype,
             attn_implementation=args.attn_implementation,
             seed=args.composition_seed,
+            instructions=INSTRUCTIONS,
             **args.config_fields,
         )
         if stage == "alignment":

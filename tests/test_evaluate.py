@@ -1,0 +1,282 @@
+"""
+The contract of `lusifer-hf evaluate`: the scores of `mteb.evaluate`; what is finished is not run again and never lost,
+whatever fails or stops; scores of other weights, data or options are not mixed up; a user's mistake is one line.
+"""
+
+import json
+import logging
+import shutil
+
+import mteb
+import pytest
+import torch
+from local_files import write_local_files
+from mteb._create_dataloaders import create_dataloader
+from mteb.mocks.mock_tasks import MockSTSTask
+from mteb.results import TaskResult
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
+
+from lusifer_hf import LusiferModel
+from lusifer_hf.cli import main
+from lusifer_hf.evaluation import running
+from lusifer_hf.evaluation.local import local_tasks
+from lusifer_hf.evaluation.model import LusiferEncoder
+from lusifer_hf.evaluation.running import find_model, run, select_tasks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_local_files(tmp_path_factory.mktemp("local"))
+
+
+@pytest.fixture
+def small(folder, tmp_path):
+    """Two tasks, one of them in two languages."""
+    for kind in ("retrieval", "sts"):
+        shutil.copytree(folder / kind, tmp_path / "small" / kind)
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> list[tuple[str, str]]:
+    """The tasks and subsets for which our encoder embeds something, from now on."""
+    seen = []
+    encode = LusiferEncoder.encode
+
+    def spy(self, inputs, *, task_metadata, hf_subset, **kwargs):
+        seen.append((task_metadata.name, hf_subset))
+        return encode(self, inputs, task_metadata=task_metadata, hf_subset=hf_subset, **kwargs)
+
+    monkeypatch.setattr(LusiferEncoder, "encode", spy)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny_backbones, tmp_path_factory):
+    """A model that sentence-transformers makes of the encoder alone."""
+    folder = tmp_path_factory.mktemp("models") / "baseline"
+    transformer = Transformer(str(tiny_backbones[0]))
+    SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())]).save(str(folder))
+    return folder
+
+
+def scores(results) -> dict[tuple[str, str], float]:
+    return {
+        (result.task_name, score["hf_subset"]): score["main_score"]
+        for result in results
+        for score in result.scores["test"]
+    }
+
+
+def evaluate(model, tasks) -> dict[tuple[str, str], float]:
+    return scores(mteb.evaluate(model, tasks, cache=None, show_progress_bar=False, co2_tracker=False).task_results)
+
+
+def test_the_command_gives_the_scores_of_mteb(prompted_repository, folder, tmp_path, capsys):
+    model, out = str(prompted_repository), tmp_path / "out"
+    assert main(["evaluate", "--model", model, "--local", str(folder), "--output", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'report'}\n"
+    ours = {}
+    for path in out.glob("results/*/*/*-*.json"):
+        ours |= scores([TaskResult.from_disk(path)])
+    # Which are those of our encoder in test_mteb_model.
+    expected = evaluate(SentenceTransformer(model, device="cpu"), local_tasks(folder))
+    assert ours == pytest.approx(expected, abs=1e-6)
+
+    # The report, and what the bootstrap over examples needs, are there.
+    assert (out / "report/report.md").is_file()
+    predictions = {path.name for path in out.glob("predictions/*/*/*.json")}
+    assert predictions == {f"{task.metadata.name}_predictions.json" for task in local_tasks(folder)}
+
+
+def test_a_baseline_has_its_own_prompts(prompted_repository, baseline, small, tmp_path):
+    results, failures = run([str(prompted_repository), str(baseline)], local_tasks(small), tmp_path)
+    assert failures == []
+    ours, others = map(scores, results.values())
+    assert others == pytest.approx(evaluate(SentenceTransformer(str(baseline), device="cpu"), local_tasks(small)))
+    assert ours != others
+
+
+def test_a_failure_loses_nothing(prompted_repository, small, tmp_path, embedded, monkeypatch, capsys):
+    command = [
+        "evaluate",
+        "--model",
+        str(prompted_repository),
+        "--local",
+        str(small),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    pairs = small / "sts/pairs/ru.tsv"
+    good = pairs.read_text()
+    pairs.write_text(good + "a line with one cell\n")
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "error: 1 evaluations failed; the same command runs them again:" in error
+    assert "pairs-sts: ValueError: " in error and "ru.tsv, line 8: 1 cells, but the header has 3." in error
+    assert dict.fromkeys(embedded) == dict.fromkeys([("find-retrieval", "en"), ("find-retrieval", "sw")])
+
+    embedded.clear()
+    pairs.write_text(good)
+    assert main(command) == 0
+    assert dict.fromkeys(embedded) == dict.fromkeys([("pairs-sts", "ru")])
+
+    # With nothing left to do, no model is loaded.
+    monkeypatch.setattr(running, "load_encoder", None)
+    assert main(command) == 0
+
+
+def test_an_interrupted_task_goes_on_with_the_missing_language(
+    prompted_repository, small, tmp_path, embedded, monkeypatch
+):
+    tasks = local_tasks(small)
+    whole, _ = run([str(prompted_repository)], tasks, tmp_path / "whole")
+
+    encode = LusiferEncoder.encode
+
+    def stop(self, inputs, *, hf_subset, **kwargs):
+        if hf_subset == "sw":
+            raise KeyboardInterrupt
+        return encode(self, inputs, hf_subset=hf_subset, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LusiferEncoder, "encode", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run([str(prompted_repository)], tasks, tmp_path / "out")
+    embedded.clear()
+    resumed, _ = run([str(prompted_repository)], tasks, tmp_path / "out")
+    assert dict.fromkeys(embedded) == dict.fromkeys([("find-retrieval", "sw"), ("pairs-sts", "ru")])
+    assert [scores(found) for found in resumed.values()] == [scores(found) for found in whole.values()]
+
+
+def test_results_hold_the_languages_that_were_asked_for(prompted_repository, small, tmp_path):
+    for wanted in (["en", "sw"], ["sw"]):
+        task = local_tasks(small)[0].filter_languages(None, hf_subsets=wanted)
+        results, _ = run([str(prompted_repository)], [task], tmp_path)
+        [found] = results.values()
+        assert [subset for _, subset in scores(found)] == wanted
+
+
+# What belongs to another revision
+
+
+def test_other_weights_are_another_revision(prompted_repository, small, tmp_path, embedded, caplog):
+    model = tmp_path / "a/model"
+    shutil.copytree(prompted_repository, model)
+    task = local_tasks(small)[-1]
+    first, _ = run([str(model)], [task], tmp_path / "out")
+
+    (model / "README.md").write_text("Another card.")
+    shutil.copytree(model, tmp_path / "moved/a/model")
+    embedded.clear()
+    run([str(tmp_path / "moved/a/model")], [task], tmp_path / "out")
+    assert embedded == []
+
+    changed = LusiferModel.from_pretrained(model)
+    torch.nn.init.normal_(next(changed.projection.parameters()))
+    changed.save_pretrained(model)
+    with caplog.at_level(logging.WARNING):
+        second, _ = run([str(model)], [task], tmp_path / "out")
+    assert "holds results of other revisions of the model, which are not used" in caplog.text
+    assert scores(first["a/model"]) != scores(second["a/model"])
+
+
+def test_options_that_change_scores_are_in_the_revision(prompted_repository):
+    plain = find_model(str(prompted_repository)).revision
+    assert find_model(str(prompted_repository), dtype="bfloat16").revision == f"{plain}-dtype=bfloat16"
+    assert running._kept({"dtype": "bfloat16", "max_length": 64, "trust_remote_code": True}) == {
+        "dtype": "bfloat16",
+        "max_length": 64,
+    }
+    assert running._kept({"dtype": "auto", "max_length": None}) == {}
+
+
+def test_dtype_and_length_reach_the_model(prompted_repository, small, tmp_path):
+    options = {"dtype": "bfloat16", "max_length": 60, "max_tokens_per_batch": 100}
+    encoder = running.load_encoder(find_model(str(prompted_repository)), devices=["cpu"], **options)
+    assert str(encoder.model.dtype) == "torch.bfloat16"
+    assert encoder.options == {"max_length": 60, "max_tokens_per_batch": 100}
+    _, failures = run([str(prompted_repository)], local_tasks(small), tmp_path, **options)
+    assert failures == []
+    [meta] = tmp_path.glob("results/*/*/model_meta.json")
+    assert json.loads(meta.read_text())["revision"].endswith("-dtype=bfloat16-max_length=60")
+
+
+def test_other_data_are_evaluated_again(prompted_repository, small, tmp_path, embedded):
+    run([str(prompted_repository)], local_tasks(small), tmp_path / "out")
+    embedded.clear()
+    with open(small / "sts/pairs/ru.tsv", "a") as file:
+        file.write("One more\tpair\t1\n")
+    run([str(prompted_repository)], local_tasks(small), tmp_path / "out")
+    assert dict.fromkeys(embedded) == dict.fromkeys([("pairs-sts", "ru")])
+
+
+# Options
+
+
+def test_the_cache_embeds_a_text_once(prompted_repository, small, tmp_path, embedded):
+    tasks = local_tasks(small)
+    first, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
+    shutil.rmtree(tmp_path / "out/results")
+    embedded.clear()
+    second, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
+    assert embedded == []
+    without, _ = run([str(prompted_repository)], tasks, tmp_path / "without")
+    for found in (first, second):
+        for ours, expected in zip(found.values(), without.values(), strict=True):
+            assert scores(ours) == pytest.approx(scores(expected), abs=1e-6)
+
+
+def test_several_devices(prompted_repository, monkeypatch):
+    devices, pools = [], []
+    monkeypatch.setattr(SentenceTransformer, "start_multi_process_pool", lambda self, target: devices.extend(target))
+    monkeypatch.setattr(SentenceTransformer, "encode", lambda self, texts, *, pool, **kwargs: pools.append(pool))
+    encoder = running.load_encoder(find_model(str(prompted_repository)), devices=["cpu", "cpu"])
+    encoder.pool = "pool"
+    task = MockSTSTask()
+    task.load_data()
+    inputs = create_dataloader(task.dataset["test"], task_metadata=task.metadata, input_column="sentence1")
+    encoder.encode(inputs, task_metadata=task.metadata, hf_split="test", hf_subset="default")
+    assert (devices, pools) == (["cpu", "cpu"], ["pool"])
+
+
+def test_a_task_of_two_benchmarks_is_run_once():
+    tasks = select_tasks(["LUSIFER(multilingual)", "LUSIFER(cross-lingual)"], ["STS17"], languages=["es", "en"])
+    [task] = [task for task in tasks if task.metadata.name == "STS17"]
+    assert sorted(task.hf_subsets) == ["en-en", "es-en", "es-es"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "There is nothing to evaluate: name a benchmark, a task, or a folder of local files."),
+        (["--benchmark", "LUSIFER"], "There is no benchmark 'LUSIFER': did you mean LUSIFER(quick)"),
+        (["--benchmark", "LUSIFER(quick)", "--languages", "xx"], "There is no language 'xx': choose from en, es"),
+        (["--tasks", "STS71"], "mteb has no such task: 'STS71' not found. Did you mean: 'STS17'?"),
+        (["--local", "nowhere"], "nowhere is no folder."),
+    ],
+)
+def test_nothing_to_evaluate(options, message, prompted_repository, capsys):
+    assert main(["evaluate", "--model", str(prompted_repository), *options]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {message}" in error
+    assert "Traceback" not in error
+
+
+def test_wrong_models(tiny_backbones, prompted_repository, small, tmp_path, capsys):
+    command = ["evaluate", "--local", str(small), "--output", str(tmp_path / "out"), "--model"]
+    assert main([*command, str(tiny_backbones[0])]) == 1
+    assert (
+        "is neither a LUSIFER model nor one of sentence-transformers: it lacks modules.json" in capsys.readouterr().err
+    )
+    assert main([*command, str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    # Known before the first model is evaluated.
+    assert main([*command, str(prompted_repository), "--baseline", str(tiny_backbones[0])]) == 1
+    assert main([*command, str(prompted_repository), "--baseline", str(prompted_repository)]) == 1
+    assert "Two models are called " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
