@@ -29,6 +29,8 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -51,7 +53,8 @@ from lusifer_hf.training.evaluation import EvalSource, evaluate_sources, load_ev
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LUSIFER_SHARED", REPOSITORY.parent / "shared")).resolve()
-PARTS = ["backbones", "compose", "train", "evaluate"]
+EVAL = SHARED / "data" / "eval"
+PARTS = ["backbones", "compose", "train", "evaluate", "report"]
 ALIGNMENT_ATTENTIONS = ("bidirectional", "prefix_lm")
 # Of the paper's languages, those that the evaluation sets are in.
 LANGUAGES = ("en", "es", "ru", "vi", "ar", "hi", "sw")
@@ -321,7 +324,7 @@ class MeanPooledEncoder(nn.Module):
 
 def eval_set(kind: str, path: str, instruction: str, **fields) -> dict:
     """An entry of `eval_data:`."""
-    path = SHARED / "data" / "eval" / kind / path
+    path = EVAL / kind / path
     return {"path": str(path), "kind": kind, "instruction": instruction, **fields}
 
 
@@ -329,10 +332,10 @@ def eval_sets() -> list[dict]:
     sets = []
     for language in LANGUAGES:
         for name, queries in (("xquad", 400), ("xquad_r", 400), ("tldr", 100)):
-            if (SHARED / "data" / "eval" / "retrieval" / name / language).is_dir():
+            if (EVAL / "retrieval" / name / language).is_dir():
                 sets.append(eval_set("retrieval", f"{name}/{language}", QUESTION, max_samples=queries))
         sets.append(eval_set("classification", f"sib200/{language}.tsv", TOPIC))
-    pairs = sorted((SHARED / "data" / "eval" / "bitext" / "tatoeba").glob("*.tsv"))
+    pairs = sorted((EVAL / "bitext" / "tatoeba").glob("*.tsv"))
     sets += [eval_set("bitext", f"tatoeba/{path.name}", SIMILAR) for path in pairs]
     return [*sets, eval_set("classification", "banking77/en.tsv", BANKING, max_samples=1500)]
 
@@ -436,6 +439,22 @@ def score_all(runner: Runner, alignment_attention: str):
         runner.call(f"evaluate {name}", output, score, folder, output)
 
 
+def write_baseline(source: str, output: str):
+    """The encoder alone as sentence-transformers has it, mean-pooled."""
+    encoder = Transformer(source)
+    SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())]).save(output)
+
+
+def report_with_mteb(runner: Runner, alignment_attention: str):
+    """`lusifer-hf evaluate` on all local files: the trained model, its untrained self, the encoder alone."""
+    baseline, output = runner.work / "encoder" / "mean_pooled", runner.work / "evaluation"
+    runner.call("baseline", baseline / "modules.json", write_baseline, runner.work / "backbones" / "encoder", baseline)
+    trained = contenders(runner.work, alignment_attention)[f"{alignment_attention}/{STEPS[-1]}"]
+    command = [sys.executable, "-m", "lusifer_hf.cli", "evaluate", "--model", str(trained), "--local", str(EVAL)]
+    command += ["--baseline", str(runner.work / "composed"), str(baseline), "--output", str(output)]
+    runner.run("report", command, output / "report" / "report.md")
+
+
 def scores_path(work: Path, name: str) -> Path:
     return work / "scores" / f"{name.replace('/', '-')}.json"
 
@@ -525,6 +544,8 @@ def main():
         train_steps(runner, args.alignment_attention, args.processes, threads)
     if "evaluate" in args.only:
         score_all(runner, args.alignment_attention)
+    if "report" in args.only:
+        report_with_mteb(runner, args.alignment_attention)
     report(runner.work, runner.measured)
 
 
