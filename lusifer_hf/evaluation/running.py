@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -136,17 +137,20 @@ def run(
                         if cache:
                             encoder = CachedEmbeddingWrapper(encoder, output / "embeddings" / folder)
                     try:
-                        result = mteb.evaluate(
-                            encoder,
-                            copy.deepcopy(task),  # its random state and data would go over to the next model
-                            cache=results,
-                            # Left to itself, mteb returns a complete result of other data.
-                            overwrite_strategy="only-missing" if is_current else "always",
-                            prediction_folder=output / "predictions" / folder,
-                            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-                            show_progress_bar=False,
-                            co2_tracker=False,
-                        ).task_results[0]
+                        with warnings.catch_warnings():
+                            # mteb logs its own; sklearn's are of classifiers that mteb stops early by definition.
+                            warnings.simplefilter("ignore", UserWarning)
+                            [result] = mteb.evaluate(
+                                encoder,
+                                copy.deepcopy(task),  # its random state and data would go over to the next model
+                                cache=results,
+                                # Left to itself, mteb returns a complete result of other data.
+                                overwrite_strategy="only-missing" if is_current else "always",
+                                prediction_folder=output / "predictions" / folder,
+                                encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+                                show_progress_bar=False,
+                                co2_tracker=False,
+                            ).task_results
                     except Exception as error:
                         # Whatever it is, the other tasks can still run; what failed is reported at the end.
                         logger.debug("", exc_info=True)
