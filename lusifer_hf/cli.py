@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--cache", action="store_true", help="keep embeddings, for texts that come again in a task")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run code of the models' repositories")
 
-    compare = command("compare", _compare, "Compare two evaluated models, with 95 % intervals of their differences.")
+    compare = command("compare", _compare, "Compare two evaluated models, and say which differences are within noise.")
     compare.add_argument("first", metavar="A", help="folder with one evaluation; with --results a model's name")
     compare.add_argument("second", metavar="B", help="the same of the other model")
     compare.add_argument("--results", metavar="FOLDER", default=None, help="folder in which both were evaluated")

@@ -93,10 +93,20 @@ def test_only_what_all_models_have_is_averaged(tmp_path):
         ["complete", "50.00", "**50.00**", "**50.00**", "**50.00**"],
         ["easy", "**60.00**", "40.00", "**50.00**", "**50.00**"],
     ]
-    assert "b (en: only complete); c (te: only complete)." in report.read_text()
+    assert "b (en; of complete); c (te; of complete)." in report.read_text()
     scores = (tmp_path / "scores.csv").read_text().splitlines()
     assert len(scores) == 1 + 4 + 2
     assert "complete,c,STS,te,test,tel,10.0000" in scores
+
+
+def test_other_versions_of_the_data_do_not_compare(tmp_path, caplog):
+    before, after = ([result("a", {"eng": score}), result("c", {"eng": 0.5})] for score in (0.1, 0.9))
+    after[0].dataset_revision = "8"
+    report = write_report({"before": before, "after": after}, KINDS, tmp_path)
+    assert [row[1] for row in tables(report)[0][1:]] == ["**50.00**", "**50.00**"]
+    assert "a (en; of before, after)." in report.read_text()
+    assert "a was evaluated on different versions of its data (7, 8)" in caplog.text
+    assert compare_results(before, after)["en"].difference.estimate == 0
 
 
 def test_families_that_a_language_lacks(tmp_path):
@@ -156,9 +166,10 @@ def test_cross_lingual_tasks_are_reported_as_in_the_paper(tmp_path):
         result("MLQARetrieval", {"ara-deu": 0.4, "deu-ara": 0.2}),
     ]
     report = write_report({"mine": results}, kinds, tmp_path, benchmark=CROSS_LINGUAL)
-    by_task, by_language, *_ = tables(report)
+    by_task, by_language, _ = tables(report)
     assert by_task[0] == ["model", "MLQARetrieval", "STS17", "STS22.v2", "average"]
     assert by_task[1] == ["mine", "30.00", "60.00", "30.00", "40.00"]
+    assert "Published under STS22.v2 is the score of STS22." in report.read_text()
     assert by_task[-1] == ["*LUSIFER*", "*36.68*", "*81.09*", "*70.49*", "*62.75*"]
     assert [row[0] for row in by_language] == ["language", "fr", "de", "ar-de", "de-fr"]
     assert (tmp_path / "tasks.csv").exists() and (tmp_path / "tasks.png").exists()
@@ -187,7 +198,7 @@ def test_comparison_table():
     assert lines[0].startswith(r"| language | me/a\|b | c | difference |")
     assert lines[2] == r"| en | 90.00 | 40.00 | 50.00 | 50.00 to 50.00 | me/a\|b is better | 30 examples of 1 task |"
     assert lines[3] == "| urd | 50.00 | 50.00 | 0.00 | – | – | nothing: too few (1 task) |"
-    assert "of 1 languages without a difference, 0.1 on average" in lines[-1]
+    assert "0.1 of 1 on average" in lines[-1]
 
 
 # Files
@@ -209,8 +220,8 @@ def test_model_index_is_what_the_hub_reads(tmp_path):
 
 
 def test_names_are_shown_as_they_are(tmp_path):
-    report = write_report({"a|b*_c": [result("a", {"eng": 0.5})]}, KINDS, tmp_path)
-    assert r"| a\|b\*\_c | 50.00 |" in report.read_text()
+    report = write_report({"a_b|c*_d_": [result("a", {"eng": 0.5})]}, KINDS, tmp_path)
+    assert r"| a_b\|c\*\_d\_ | 50.00 |" in report.read_text()
 
 
 def test_the_same_results_give_the_same_files(tmp_path):
@@ -268,7 +279,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("models, languages, families", [(1, 1, 1), (1, 20, 6), (2, 7, 6), (2, 3, 1), (6, 20, 6)])
+@pytest.mark.parametrize("models, languages, families", [(1, 1, 1), (1, 20, 2), (2, 3, 6), (6, 20, 6)])
 def test_nothing_covers_anything(tmp_path, figures, models, languages, families):
     kinds = {f"{family}{number}": family for family in FAMILIES[:families] for number in range(3)}
     results = {

@@ -25,7 +25,6 @@ from lusifer_hf.evaluation.statistics import (
     RankCorrelation,
     bootstrap,
     compare_results,
-    score_intervals,
 )
 
 
@@ -38,6 +37,10 @@ def result(task: str, scores: dict[str, float], split: str = "test") -> TaskResu
     return TaskResult(
         task_name=task, dataset_revision="1", mteb_version="2.26.0", evaluation_time=1.0, scores={split: subsets}
     )
+
+
+def score_intervals(results: list[TaskResult], examples: dict | None = None, **options) -> dict:
+    return bootstrap([entry for result in results for entry in entries(result)], examples or {}, **options)
 
 
 def single(examples) -> tuple[list[Entry], dict]:
@@ -233,6 +236,14 @@ def test_only_what_both_have_is_compared(caplog):
         compare_results(first[:1], second[4:5])
 
 
+def test_scores_that_are_no_numbers_are_left_out(caplog):
+    first, second = ([result(f"t{i}", {"eng": score}) for i in range(6)] for score in (0.5, 0.4))
+    second[3] = result("t3", {"eng": float("nan")})
+    found = compare_results(first, second)["en"]
+    assert (found.difference.tasks, found.verdict) == (5, "first")
+    assert "t3 test eng has nan as its score" in caplog.text
+
+
 def test_sets_of_other_examples_are_no_pairs(caplog):
     first, second, examples = pair(0.01)
     examples[1]["t0", "test", "eng"] = Mean(np.ones(99))
@@ -293,7 +304,7 @@ def mocked(tmp_path_factory) -> tuple[Path, list]:
     return folder, tasks
 
 
-def test_examples_give_the_scores_of_mteb(mocked):
+def test_examples_give_the_scores_of_mteb(mocked, caplog):
     folder, tasks = mocked
     evaluation = find_evaluation(folder, "mteb/baseline-random-encoder")
     results = evaluation.load()
@@ -305,7 +316,9 @@ def test_examples_give_the_scores_of_mteb(mocked):
     assert len(set(scores.values())) > 2
     for key, found in examples.items():
         assert found(np.ones((1, found.size))).item() == pytest.approx(scores[key], abs=1e-5)
+    assert not caplog.text
     alone = load_examples(evaluation, results, folder)
+    assert "MockMultilingualSTSTask, MockPairClassificationTask" in caplog.text
     assert {task for task, _, _ in alone} == {"MockBitextMiningTask", "MockMultilingualParallelBitextMiningTask"}
 
 
@@ -357,7 +370,7 @@ def test_predictions_of_another_run_are_not_used(tmp_path, caplog):
     assert len(load_examples(evaluation, results, tmp_path)) == 2
     results[0].scores["test"][0]["main_score"] = 0.51
     assert [key[0] for key in load_examples(evaluation, results, tmp_path)] == ["other"]
-    assert "gives 0.500000 for bitext test fra, but its main score is 0.510000" in caplog.text
+    assert "bitext_predictions.json gives 0.500000 for test fra, but the main score is 0.510000" in caplog.text
     store(tmp_path / "later", "b", {"bitext": neighbours(0.5)}, meta="c")
     evaluation = find_evaluation(tmp_path / "later")
     assert load_examples(evaluation, evaluation.load(), tmp_path) == {}

@@ -69,31 +69,34 @@ def load_examples(
             has examples.
 
     Returns:
-        The examples of (task, split, subset). Missing are clustering, main scores that are no mean over examples
-        (macro F1), and predictions that do not give the score in `results`: of those a warning says so.
+        The examples of (task, split, subset). Missing are clustering, summarization, multilabel classification, and
+        macro F1; and with a warning, tasks without their labels and predictions that do not give the score in
+        `results`.
     """
     by_name = {task.metadata.name: task for task in tasks}
     files = _find_predictions(evaluation, folder)
     examples = {}
     for result in results:
-        if result.task_name not in files:
+        name = result.task_name
+        if name not in files:
             continue
-        predictions = json.loads(files[result.task_name].read_text(encoding="utf-8"))
-        task = by_name.get(result.task_name)
+        predictions = json.loads(files[name].read_text(encoding="utf-8"))
         for split, subsets in result.scores.items():
             for scores in subsets:
-                key = (result.task_name, split, scores["hf_subset"])
-                found = _score(task, predictions, split, scores)
+                found = _score(by_name.get(name), predictions, split, scores)
                 if found is None:
                     continue
-                again = found(np.ones((1, found.size))).item()
-                if abs(again - scores["main_score"]) > TOLERANCE:
+                again, score = found(np.ones((1, found.size))).item(), scores["main_score"]
+                if abs(again - score) <= TOLERANCE:
+                    examples[name, split, scores["hf_subset"]] = found
+                else:
                     logger.warning(
-                        f"{files[result.task_name]} gives {again:.6f} for {' '.join(key)}, but its main score is "
-                        f"{scores['main_score']:.6f}: its examples are not used."
+                        f"{files[name]} gives {again:.6f} for {split} {scores['hf_subset']}, but the main score is "
+                        f"{score:.6f}: its examples are not used."
                     )
-                    continue
-                examples[key] = found
+    unlabelled = sorted(files.keys() - by_name.keys() - {task for task, _, _ in examples})
+    if unlabelled:
+        logger.warning(f"No labels for the examples of {', '.join(unlabelled)}: pass the tasks (--local their files).")
     return examples
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..training.plots import COLORS
@@ -34,7 +35,7 @@ def plot_bars(table: pd.DataFrame, intervals: Mapping[str, Mapping[str, Interval
 
     Args:
         table (`pd.DataFrame`):
-            Scores from 0 to 100, models by languages or tasks; the column `"average"` stands apart.
+            Scores from 0 to 100, models by languages or tasks, complete; the column `"average"` stands apart.
         intervals (mapping):
             Of each model, by column.
         path (`Path`):
@@ -48,9 +49,8 @@ def plot_bars(table: pd.DataFrame, intervals: Mapping[str, Mapping[str, Interval
     in_a_row = -(-len(columns) // rows)
     width = max(6, 1 + in_a_row * inches)
     bar_inches = BARS * (width - 1) / in_a_row / len(models)
-    tops = [score for scores in table.to_numpy() for score in scores]
-    tops += [100 * interval.high for of_model in intervals.values() for interval in of_model.values()]
-    ceiling = 1.1 * max((top for top in tops if not pd.isna(top)), default=100)
+    tops = [100 * interval.high for of_model in intervals.values() for interval in of_model.values()]
+    ceiling = 1.1 * np.nanmax([1, *tops, *table.max()])
     slanted = max(map(len, columns)) > 8
     with _figure(path, width, (3.1 + 0.8 * slanted) * rows + 0.9) as figure:
         for axis, number in zip(figure.subplots(rows, 1, squeeze=False)[:, 0], range(rows), strict=True):
@@ -63,9 +63,7 @@ def plot_bars(table: pd.DataFrame, intervals: Mapping[str, Mapping[str, Interval
                 axis.bar(lefts, scores, 0.94 * BARS / len(models), color=COLORS[index % len(COLORS)], label=label)
                 for left, column, score in zip(lefts, shown, scores, strict=True):
                     top = _draw_interval(axis, left, intervals[model].get(column), score)
-                    if pd.isna(score):
-                        axis.text(left, 0, NOTHING, ha="center", va="bottom", fontsize=9)
-                    elif bar_inches >= 0.4:  # as wide as the number
+                    if bar_inches >= 0.4:  # as wide as the number
                         axis.text(left, max(top, 0) + 0.01 * ceiling, f"{score:.1f}", ha="center", fontsize=9)
             axis.set_xticks(places, shown, fontsize=11)
             if slanted:
@@ -138,4 +136,5 @@ def _figure(path: Path, width: float, height: float):
         FigureCanvasAgg(figure)
         yield figure
         figure.savefig(path.with_name(f"{path.name}.png"), metadata={"Software": None})
+        figure.set_layout_engine("none")  # laid out for the PNG: the SVG is the same picture
         figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})

@@ -7,7 +7,7 @@ the one beside it, (2) average them by language and by family, (3) write. The sa
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from huggingface_hub.utils import yaml_dump
 from mteb.results import TaskResult
 
 from .plots import plot_bars, plot_heat_maps
-from .results import LANGUAGES, Entry, entries
+from .results import LANGUAGES, Entry, changed_tasks, entries
 from .statistics import AVERAGE, Comparison, Examples, Interval, Key, bootstrap
 
 
@@ -29,6 +29,7 @@ PUBLISHED = {  # tables 1 and 2 of the paper
     MULTILINGUAL: Path(__file__).parent / "published" / "multilingual.csv",
     CROSS_LINGUAL: Path(__file__).parent / "published" / "cross-lingual.csv",
 }
+NEWER = ".v2"  # after the name of a data set of which the paper has the first version
 FAMILIES = ("Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "BitextMining")
 BALANCED = "balanced average"
 NOTHING = "–"
@@ -74,11 +75,15 @@ def write_report(
         logger.warning(f"{model} has no results, and is left out of the report.")
     results = {model: tasks for model, tasks in results.items() if tasks}
     scores = _scores(results, families)
-    shared = scores[scores.groupby(["task", "split", "subset"])["model"].transform("nunique") == len(results)]
+    changed = changed_tasks(result for tasks in results.values() for result in tasks)
+    in_common = scores.groupby(["task", "split", "subset"])["model"].transform("nunique") == len(results)
+    shared = scores[in_common & ~scores["task"].isin(changed)]
     if shared.empty:
         raise ValueError(f"There is no task that all of {', '.join(results)} were evaluated on: report on each alone.")
     by: Column = "task" if benchmark == CROSS_LINGUAL else "language"
     table, by_family = _average(shared, by), _average_by_family(shared)
+    if by == "task":
+        table = table[_ordered(table, [f"{name}{new}" for name in _figures(benchmark) for new in ("", NEWER)])]
     published = _published(benchmark, table)
     intervals = {model: _intervals(shared, model, by, (examples or {}).get(model, {})) for model in results}
 
@@ -93,8 +98,14 @@ def write_report(
         name = re.sub(r"[^\w.-]+", "__", model)
         index = _model_index(model, results[model], families)
         (folder / "model-index" / f"{name}.yml").write_text(index, encoding="utf-8")
-    text = "\n\n".join(_sections(scores, shared, table, published, by_family, intervals, by, benchmark)) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    paragraphs = [
+        *_head(benchmark, scores, shared),
+        *_models_section(by, table, published),
+        *_families_section(by_family),
+        *_intervals_section(by, table, intervals),
+        *(_tasks_section(shared) if by == "language" else ()),
+    ]
+    (folder / "report.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     return folder / "report.md"
 
 
@@ -109,12 +120,12 @@ def comparison_table(first: str, second: str, comparisons: Mapping[str, Comparis
         verdict = comparisons[language].verdict
         scores = [_number(100 * score) for score in (one, other, difference.estimate)]
         rows.append([language, *scores, interval, verdicts.get(verdict, verdict), resampled])
-    judged = sum(comparison.verdict is not None for language, comparison in comparisons.items() if language != AVERAGE)
-    note = (
-        f"The 95 % intervals are of the difference on the same resamples, each for its language alone: of "
-        f"{judged} languages without a difference, {0.05 * judged:.1f} on average would be called different."
+    judged = sum(language != AVERAGE and one.verdict is not None for language, one in comparisons.items())
+    return (
+        _table(["language", first, second, "difference", "95 % interval", "", "resampled"], rows)
+        + "\n\nThe intervals are of the difference on the same resamples, each for its language alone: where nothing "
+        f"differs, {0.05 * judged:.1f} of {judged} on average would be called different."
     )
-    return _table(["language", first, second, "difference", "95 % interval", "", "resampled"], rows) + f"\n\n{note}"
 
 
 def _scores(results: Mapping[str, Sequence[TaskResult]], families: Mapping[str, str]) -> pd.DataFrame:
@@ -166,13 +177,17 @@ def _average_by_family(shared: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {model: means.loc[model] for model in means.index.unique("model")}
 
 
+def _figures(benchmark: str) -> pd.DataFrame:
+    return pd.read_csv(PUBLISHED[benchmark], index_col="model")
+
+
 def _published(benchmark: str | None, table: pd.DataFrame) -> pd.DataFrame:
     """The published models in the columns of the table; no row where nothing was published."""
     if benchmark not in PUBLISHED:
         return pd.DataFrame(columns=table.columns, dtype=float)
-    figures = pd.read_csv(PUBLISHED[benchmark], index_col="model")
+    figures = _figures(benchmark)
     names = figures.index + figures.pop("multilingual_training_data").map({True: " †", False: ""})
-    columns = {column: column.removesuffix(".v2") for column in table.columns}  # newer versions of the same data sets
+    columns = {column: column.removesuffix(NEWER) for column in table.columns}
     rows = figures.reindex(columns=list(columns.values())).set_axis(list(columns), axis=1).set_axis(names)
     shown = [column for column in columns if column not in (AVERAGE, BALANCED)]
     if set(map(columns.get, shown)) != set(figures.columns) - {AVERAGE}:
@@ -191,27 +206,33 @@ def _intervals(shared: pd.DataFrame, model: str, by: Column, examples: Mapping[K
 # Text
 
 
-def _sections(scores, shared, table, published, by_family, intervals, by, benchmark) -> Iterable[str]:
-    models, tasks = list(table.index), shared["task"].unique()
+def _head(benchmark: str | None, scores: pd.DataFrame, shared: pd.DataFrame) -> Iterator[str]:
     yield f"# Evaluation{f': {_escape(benchmark)}' if benchmark else ''}"
+    tasks, languages = shared["task"].nunique(), shared["language"].nunique()
     yield (
-        f"{', '.join(map(_escape, models))} on {len(tasks)} task{'s' * (len(tasks) != 1)} in "
-        f"{shared['language'].nunique()} language{'s' * (shared['language'].nunique() != 1)}. Scores are each task's "
-        "main score in mteb, from 0 to 100; every single one is in [scores.csv](scores.csv)."
+        f"{', '.join(map(_escape, shared['model'].unique()))} on {tasks} task{'s' * (tasks != 1)} in {languages} "
+        f"language{'s' * (languages != 1)}. Scores are each task's main score in mteb, from 0 to 100; every single "
+        "one is in [scores.csv](scores.csv)."
     )
-    left_out = scores.drop(shared.index)
-    if len(left_out):
-        yield (
-            "**Left out of every table and average, because not all models have it:** "
-            + "; ".join(
-                f"{_escape(task)} ({', '.join(sorted(rows['language'].unique()))}: only "
-                f"{', '.join(map(_escape, rows['model'].unique()))})"
-                for task, rows in left_out.groupby("task")
-            )
-            + "."
-        )
+    left_out = [
+        f"{_escape(task)} ({', '.join(rows['language'].unique())}; "
+        f"of {', '.join(map(_escape, rows['model'].unique()))})"
+        for task, rows in scores.drop(shared.index).groupby("task")
+    ]
+    if left_out:
+        yield f"**Left out below, because not all models have it on the same data:** {'; '.join(left_out)}."
+
+
+def _models_section(by: Column, table: pd.DataFrame, published: pd.DataFrame) -> Iterator[str]:
     yield f"## By {by}"
-    yield _models_table(table, published)
+    rounded, rows = table.round(2), []
+    best = rounded.max() if len(table) > 1 else rounded.max() + 1  # a single model is not marked
+    for model, row in rounded.iterrows():
+        cells = (f"**{_number(x)}**" if x == best[name] else _number(x) for name, x in row.items())
+        rows.append([_escape(model), *cells])
+    for model, row in published.iterrows():
+        rows.append([f"*{_escape(model)}*", *(NOTHING if pd.isna(x) else f"*{_number(x)}*" for x in row)])
+    yield _table(["model", *map(_escape, table.columns)], rows)
     if by == "language":
         yield (
             f"**{AVERAGE}**: the mean over languages of the mean over a language's tasks, as in the paper. "
@@ -226,14 +247,24 @@ def _sections(scores, shared, table, published, by_family, intervals, by, benchm
             "tasks. They compare with this evaluation as far as its tasks are the same. †: trained on multilingual "
             "data."
         )
+        for column in table.columns[table.columns.str.endswith(NEWER)]:
+            yield f"Published under {column} is the score of {column.removesuffix(NEWER)}."
     yield f"![Scores by {by}]({by}s.png)"
     yield "The lines are the intervals below, where there are any."
+
+
+def _families_section(by_family: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     yield "## By language and family"
     for model, means in by_family.items():
         if len(by_family) > 1:
             yield f"### {_escape(model)}"
         yield _table(["language", *means.columns], ([name, *map(_number, row)] for name, *row in means.itertuples()))
     yield "![Scores by language and family](families.png)"
+
+
+def _intervals_section(
+    by: Column, table: pd.DataFrame, intervals: Mapping[str, Mapping[str, Interval]]
+) -> Iterator[str]:
     yield "## Intervals"
     yield (
         f"95 % confidence intervals, each for its {by} alone, by the bootstrap over what the last column names. "
@@ -244,30 +275,21 @@ def _sections(scores, shared, table, published, by_family, intervals, by, benchm
         (
             [_escape(name), _escape(model), *_interval_cells(intervals[model][name])]
             for name in table.columns
-            for model in models
+            for model in table.index
             if name in intervals[model]
         ),
     )
+
+
+def _tasks_section(shared: pd.DataFrame) -> Iterator[str]:
     yield "## By task"
     cells = shared.groupby(["task", "family", "language", "model"], observed=True)["score"].mean()
     means = cells.groupby(["task", "family", "model"], observed=True).mean().unstack()
     yield _table(
-        ["task", "family", *map(_escape, models)],
-        ([_escape(task), family, *map(_number, row)] for (task, family), *row in means[models].itertuples()),
+        ["task", "family", *map(_escape, means.columns)],
+        ([_escape(task), family, *map(_number, row)] for (task, family), *row in means.itertuples()),
     )
     yield "A task's score is the mean over its languages."
-
-
-def _models_table(table: pd.DataFrame, published: pd.DataFrame) -> str:
-    rounded, rows = table.round(2), []
-    best = rounded.max() if len(table) > 1 else rounded.max() + 1
-    for model, row in rounded.iterrows():
-        rows.append(
-            [_escape(model), *(f"**{_number(x)}**" if x == best[name] else _number(x) for name, x in row.items())]
-        )
-    for model, row in published.iterrows():
-        rows.append([f"*{_escape(model)}*", *(NOTHING if pd.isna(x) else f"*{_number(x)}*" for x in row)])
-    return _table(["model", *map(_escape, table.columns)], rows)
 
 
 def _interval_cells(interval: Interval) -> list[str]:
@@ -285,8 +307,8 @@ def _number(score: float) -> str:
 
 
 def _escape(name: str) -> str:
-    """A name as Markdown shows it."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(name.split()))
+    """A name as Markdown shows it; an underscore inside a word means nothing there."""
+    return re.sub(r"[\\`*\[\]<>|#~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(name.split()))
 
 
 def _model_index(model: str, results: Sequence[TaskResult], families: Mapping[str, str]) -> str:

@@ -2,7 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Iterator
+import logging
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,8 @@ from typing import NamedTuple
 from mteb.results import TaskResult
 from tqdm.auto import tqdm
 
+
+logger = logging.getLogger(__name__)
 
 META_NAME = "model_meta.json"  # mteb writes it beside the results of each model and revision
 
@@ -133,11 +137,26 @@ def find_evaluation(folder: str | Path, model: str | None = None) -> Evaluation:
 
 
 def entries(result: TaskResult) -> Iterator[Entry]:
-    """The main scores of a task's result, one for each split and subset."""
+    """The main scores of a task's result, one for each split and subset; of one that is no number a warning."""
     for split, subsets in result.scores.items():
         for scores in subsets:
-            language = language_of(scores["languages"])
-            yield Entry(result.task_name, split, scores["hf_subset"], language, float(scores["main_score"]))
+            score, subset = scores["main_score"], scores["hf_subset"]
+            if math.isnan(score):
+                logger.warning(f"{result.task_name} {split} {subset} has {score} as its score: it is left out.")
+                continue
+            yield Entry(result.task_name, split, subset, language_of(scores["languages"]), float(score))
+
+
+def changed_tasks(results: Iterable[TaskResult]) -> set[str]:
+    """The tasks that were evaluated on different versions of their data, of each with a warning."""
+    versions: dict[str, set[str]] = {}
+    for result in results:
+        versions.setdefault(result.task_name, set()).add(result.dataset_revision)
+    changed = {task for task, found in versions.items() if len(found) > 1}
+    for task in sorted(changed):
+        names = ", ".join(sorted(versions[task]))
+        logger.warning(f"{task} was evaluated on different versions of its data ({names}): it does not compare.")
+    return changed
 
 
 def language_of(languages: list[str]) -> str:

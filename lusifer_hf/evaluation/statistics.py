@@ -21,7 +21,7 @@ from mteb.results import TaskResult
 from scipy.stats import norm, t
 from tqdm.auto import tqdm
 
-from .results import Entry, entries
+from .results import Entry, changed_tasks, entries
 
 
 logger = logging.getLogger(__name__)
@@ -162,36 +162,6 @@ class Comparison(NamedTuple):
         return "second" if self.difference.high < 0 else "within noise"
 
 
-def score_intervals(
-    results: Sequence[TaskResult],
-    examples: Mapping[Key, Examples] | None = None,
-    *,
-    unit: Unit | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """
-    The score of each language, the mean over its tasks, with its interval.
-
-    Args:
-        results (sequence of `TaskResult`):
-            What was evaluated.
-        examples (mapping, *optional*):
-            The examples of (task, split, subset), from [`load_examples`].
-        unit (`str`, *optional*):
-            `"examples"` or `"tasks"`. With `"examples"` tasks without known examples are left out. By default
-            examples for a language with the examples of all its tasks, else tasks.
-        resamples (`int`, *optional*, defaults to 1000), seed (`int`, *optional*, defaults to 0):
-            How many resamples, and their random numbers.
-
-    Returns:
-        An interval for each language. Where every language is resampled by examples also one for `"average"`, the
-        mean over languages.
-    """
-    rows = [entry for result in results for entry in entries(result)]
-    return bootstrap(rows, examples or {}, unit=unit, resamples=resamples, seed=seed)
-
-
 def compare_results(
     first: Sequence[TaskResult],
     second: Sequence[TaskResult],
@@ -210,16 +180,17 @@ def compare_results(
         examples (pair of mappings, *optional*):
             The examples of each of them.
         unit, resamples, seed (*optional*):
-            As in [`score_intervals`].
+            As in [`bootstrap`].
 
     Returns:
-        A comparison for each language, and for `"average"` as in [`score_intervals`].
+        A comparison for each language, and for `"average"` as in [`bootstrap`].
 
     Raises:
         `ValueError`: the two have no task, split and subset in common.
     """
     one, other = ({entry[:3]: entry for result in side for entry in entries(result)} for side in (first, second))
-    common = [key for key in one if key in other]
+    changed = changed_tasks([*first, *second])
+    common = [key for key in one if key in other and key[0] not in changed]
     if not common:
         tasks = [", ".join(sorted({key[0] for key in side})) or "none" for side in (one, other)]
         raise ValueError(f"The evaluations have no task in common. The first has {tasks[0]}; the second {tasks[1]}.")
@@ -252,7 +223,24 @@ def bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """The intervals of the rows' scores, or differences, by language; arguments as in [`score_intervals`]."""
+    """
+    The score of each language, the mean over its tasks, with its interval.
+
+    Args:
+        rows (sequence of `Entry`):
+            What was evaluated, from [`entries`]; or differences of two models as their scores.
+        examples (mapping):
+            The examples of (task, split, subset), from [`load_examples`], as far as they are known.
+        unit (`str`, *optional*):
+            `"examples"` or `"tasks"`. With `"examples"` tasks without known examples are left out. By default
+            examples for a language with the examples of all its tasks, else tasks.
+        resamples (`int`, *optional*, defaults to 1000), seed (`int`, *optional*, defaults to 0):
+            How many resamples, and their random numbers.
+
+    Returns:
+        An interval for each language. Where every language is resampled by examples also one for `"average"`, the
+        mean over languages.
+    """
     if unit is not None and unit not in get_args(Unit):
         raise ValueError(f"unit={unit!r} is not one of {', '.join(map(repr, get_args(Unit)))}.")
     if resamples < 100:
