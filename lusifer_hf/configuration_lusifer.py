@@ -129,7 +129,7 @@ class LusiferConfig(PreTrainedConfig):
     def prompts(self) -> dict[str, str]:
         """The prefixes by name that sentence-transformers reads: "query", "document" and those of `instructions`."""
         prompts = {name: self.prompt(name) for name in ("query", "document")}
-        for name, instruction in (self.instructions or {}).items():
+        for name, instruction in sorted((self.instructions or {}).items()):  # as config.json sorts them
             prompts[name] = self.prompt("document" if name.endswith("-document") else "query", instruction)
         return prompts
 

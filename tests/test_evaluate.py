@@ -247,6 +247,12 @@ def test_a_task_of_two_benchmarks_is_run_once():
     assert sorted(task.hf_subsets) == ["en-en", "es-en", "es-es"]
 
 
+def test_languages_of_local_files(folder):
+    chosen = {task.metadata.name: task.hf_subsets for task in select_tasks(local=folder, languages=["sw", "es"])}
+    assert chosen == {"find-retrieval": ["sw"], "find-reranking": ["spa-Latn"], "said-bitext": ["swh-eng"]}
+    assert len(select_tasks(local=folder)) == len(local_tasks(folder))
+
+
 # Bad input
 
 

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from transformers.utils import cached_file
 from .benchmarks import get_benchmark, get_tasks
 from .local import local_tasks
 from .model import LusiferEncoder
+from .results import LANGUAGES
 
 
 logger = logging.getLogger(__name__)
@@ -64,14 +66,17 @@ def select_tasks(
         local (`str` or `Path`, *optional*):
             A folder for [`local_tasks`].
         languages (sequence of `str`, *optional*):
-            Keys of `LANGUAGE_CODES`; see [`get_benchmark`] and [`get_tasks`]. Local files are all taken.
+            Keys of `LANGUAGE_CODES`; see [`get_benchmark`] and [`get_tasks`]. By default all local files are taken;
+            a pair with English counts for the other language.
 
     Raises:
         `OSError`, `ValueError`: naming what does not exist, with the nearest name.
     """
     found = [task for name in benchmarks for task in get_benchmark(name, languages).tasks]
     found += get_tasks(tasks, languages)
-    found += local_tasks(local) if local is not None else []
+    for task in local_tasks(local) if local is not None else ():
+        task.hf_subsets = [subset for subset in task.hf_subsets if _is_wanted(task, subset, languages)]
+        found += [task] if task.hf_subsets else []
     if not found:
         raise ValueError("There is nothing to evaluate: name a benchmark, a task, or a folder of local files.")
     merged: dict[str, AbsTask] = {}
@@ -136,17 +141,20 @@ def run(
                         if cache:
                             encoder = CachedEmbeddingWrapper(encoder, output / "embeddings" / folder)
                     try:
-                        result = mteb.evaluate(
-                            encoder,
-                            copy.deepcopy(task),  # its random state and data would go over to the next model
-                            cache=results,
-                            # Left to itself, mteb returns a complete result of other data.
-                            overwrite_strategy="only-missing" if is_current else "always",
-                            prediction_folder=output / "predictions" / folder,
-                            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-                            show_progress_bar=False,
-                            co2_tracker=False,
-                        ).task_results[0]
+                        with warnings.catch_warnings():
+                            # mteb logs its own; sklearn's are of classifiers that mteb stops early by definition.
+                            warnings.simplefilter("ignore", UserWarning)
+                            [result] = mteb.evaluate(
+                                encoder,
+                                copy.deepcopy(task),  # its random state and data would go over to the next model
+                                cache=results,
+                                # Left to itself, mteb returns a complete result of other data.
+                                overwrite_strategy="only-missing" if is_current else "always",
+                                prediction_folder=output / "predictions" / folder,
+                                encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+                                show_progress_bar=False,
+                                co2_tracker=False,
+                            ).task_results
                     except Exception as error:
                         # Whatever it is, the other tasks can still run; what failed is reported at the end.
                         logger.debug("", exc_info=True)
@@ -253,6 +261,12 @@ class _PooledEncoder(SentenceTransformerEncoderWrapper):
 
     def encode(self, inputs, **kwargs):
         return super().encode(inputs, pool=self.pool, **kwargs)
+
+
+def _is_wanted(task: AbsTask, subset: str, languages: Sequence[str] | None) -> bool:
+    codes = [langscript.split("-")[0] for langscript in task.metadata.hf_subsets_to_langscripts[subset]]
+    found = {LANGUAGES.get(code, code) for code in codes}
+    return not languages or (found - {"en"} or found) <= set(languages)
 
 
 def _kept(options: dict) -> dict:

@@ -193,24 +193,6 @@ def _embed(
 # Retrieval
 
 
-def _load_retrieval(folder: Path, max_samples: int | None):
-    documents, queries, relevance = read_retrieval(folder)
-    query_ids = _sample(sorted(relevance), max_samples)
-    if max_samples is not None:
-        kept = {document for query in query_ids for document in relevance[query]}
-        others = sorted(documents.keys() - kept)
-        kept.update(_sample(others, max(0, DOCUMENTS_PER_QUERY * max_samples - len(kept))))
-        documents = {identifier: documents[identifier] for identifier in kept}
-    # Of documents with equal similarity trec_eval ranks the greatest id first, and our sort is stable.
-    rows = {identifier: row for row, identifier in enumerate(sorted(documents, reverse=True))}
-    gains = [{rows[document]: gain for document, gain in relevance[query].items()} for query in query_ids]
-    texts = [
-        ("query", [queries[identifier] for identifier in query_ids]),
-        ("document", [documents[identifier] for identifier in rows]),
-    ]
-    return texts, partial(_retrieval_scores, gains=gains)
-
-
 def read_retrieval(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
     """
     A folder in BEIR's layout: documents (the title before the text) and queries by id, and for each query that has a
@@ -234,6 +216,24 @@ def read_retrieval(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[s
     if not relevance:
         raise ValueError(f"{path} has no row with a score above 0, so there is nothing to find.")
     return documents, queries, relevance
+
+
+def _load_retrieval(folder: Path, max_samples: int | None):
+    documents, queries, relevance = read_retrieval(folder)
+    query_ids = _sample(sorted(relevance), max_samples)
+    if max_samples is not None:
+        kept = {document for query in query_ids for document in relevance[query]}
+        others = sorted(documents.keys() - kept)
+        kept.update(_sample(others, max(0, DOCUMENTS_PER_QUERY * max_samples - len(kept))))
+        documents = {identifier: documents[identifier] for identifier in kept}
+    # Of documents with equal similarity trec_eval ranks the greatest id first, and our sort is stable.
+    rows = {identifier: row for row, identifier in enumerate(sorted(documents, reverse=True))}
+    gains = [{rows[document]: gain for document, gain in relevance[query].items()} for query in query_ids]
+    texts = [
+        ("query", [queries[identifier] for identifier in query_ids]),
+        ("document", [documents[identifier] for identifier in rows]),
+    ]
+    return texts, partial(_retrieval_scores, gains=gains)
 
 
 def _read_texts(path: Path) -> Iterator[tuple[str, str]]:
