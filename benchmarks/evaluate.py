@@ -49,7 +49,7 @@ def main():
         folder = Path(scratch) / "benchmark" / "model"
         build_model("small", torch.float32, "cpu", Path(scratch) / "backbones").save_pretrained(folder)
         start = time.perf_counter()
-        _, failures = run([str(folder)], tasks, Path(scratch) / "output")
+        _, failures, _ = run([str(folder)], tasks, Path(scratch) / "output")
         total = time.perf_counter() - start - spent["load"]
     if failures:
         raise SystemExit(f"failed: {failures}")

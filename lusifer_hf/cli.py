@@ -88,20 +88,28 @@ def _evaluate(
     languages: list[str] | None = None,
     **options,
 ):
+    from .evaluation.examples import load_examples
     from .evaluation.report import write_report
+    from .evaluation.results import Evaluation
     from .evaluation.running import run, select_tasks
 
     selected = select_tasks(benchmark, tasks, local, languages)
-    results, failures = run([model, *baseline], selected, output, **options)
-    if any(results.values()):
+    results, failures, revisions = run([model, *baseline], selected, output, **options)
+    for failure in failures:
+        print(f"failed: {failure.model} on {failure.task}: {failure.error}", file=sys.stderr)
+    results = {name: found for name, found in results.items() if found}
+    if results:
         report = Path(output) / "report"
         families = {task.metadata.name: task.metadata.type for task in selected}
         of_one = len(benchmark) == 1 and not tasks and local is None
-        write_report(results, families, report, benchmark=benchmark[0] if of_one else None)
+        examples = {
+            name: load_examples(Evaluation(name, revisions[name], Path(output)), found, output, selected)
+            for name, found in results.items()
+        }
+        write_report(results, families, report, benchmark=benchmark[0] if of_one else None, examples=examples)
         print(report)
     if failures:
-        listed = "\n".join(f"  {failure.model}, {failure.task}: {failure.error}" for failure in failures)
-        raise ValueError(f"{len(failures)} evaluations failed; the same command runs them again:\n{listed}")
+        raise ValueError(f"{len(failures)} evaluations failed; the same command runs them again.")
 
 
 def _compare(first: str, second: str, results: str | None, local: str | None, **options):

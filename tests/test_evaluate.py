@@ -91,7 +91,7 @@ def test_the_command_gives_the_scores_of_mteb(prompted_repository, folder, tmp_p
 
 
 def test_a_baseline_has_its_own_prompts(prompted_repository, baseline, small, tmp_path):
-    results, failures = run([str(prompted_repository), str(baseline)], local_tasks(small), tmp_path)
+    results, failures, _ = run([str(prompted_repository), str(baseline)], local_tasks(small), tmp_path)
     assert failures == []
     ours, others = map(scores, results.values())
     assert others == pytest.approx(evaluate(SentenceTransformer(str(baseline), device="cpu"), local_tasks(small)))
@@ -113,8 +113,8 @@ def test_a_failure_loses_nothing(prompted_repository, small, tmp_path, embedded,
     pairs.write_text(good + "a line with one cell\n")
     assert main(command) == 1
     error = capsys.readouterr().err
-    assert "error: 1 evaluations failed; the same command runs them again:" in error
-    assert "pairs-sts: ValueError: " in error and "ru.tsv, line 8: 1 cells, but the header has 3." in error
+    assert "error: 1 evaluations failed; the same command runs them again." in error
+    assert "on pairs-sts: ValueError: " in error and "ru.tsv, line 8: 1 cells, but the header has 3." in error
     assert dict.fromkeys(embedded) == dict.fromkeys([("find-retrieval", "en"), ("find-retrieval", "sw")])
 
     embedded.clear()
@@ -131,7 +131,7 @@ def test_an_interrupted_task_goes_on_with_the_missing_language(
     prompted_repository, small, tmp_path, embedded, monkeypatch
 ):
     tasks = local_tasks(small)
-    whole, _ = run([str(prompted_repository)], tasks, tmp_path / "whole")
+    whole, _, _ = run([str(prompted_repository)], tasks, tmp_path / "whole")
 
     encode = LusiferEncoder.encode
 
@@ -145,7 +145,7 @@ def test_an_interrupted_task_goes_on_with_the_missing_language(
         with pytest.raises(KeyboardInterrupt):
             run([str(prompted_repository)], tasks, tmp_path / "out")
     embedded.clear()
-    resumed, _ = run([str(prompted_repository)], tasks, tmp_path / "out")
+    resumed, _, _ = run([str(prompted_repository)], tasks, tmp_path / "out")
     assert dict.fromkeys(embedded) == dict.fromkeys([("find-retrieval", "sw"), ("pairs-sts", "ru")])
     assert [scores(found) for found in resumed.values()] == [scores(found) for found in whole.values()]
 
@@ -153,7 +153,7 @@ def test_an_interrupted_task_goes_on_with_the_missing_language(
 def test_results_hold_the_languages_that_were_asked_for(prompted_repository, small, tmp_path):
     for wanted in (["en", "sw"], ["sw"]):
         task = local_tasks(small)[0].filter_languages(None, hf_subsets=wanted)
-        results, _ = run([str(prompted_repository)], [task], tmp_path)
+        results, _, _ = run([str(prompted_repository)], [task], tmp_path)
         [found] = results.values()
         assert [subset for _, subset in scores(found)] == wanted
 
@@ -165,7 +165,7 @@ def test_other_weights_are_another_revision(prompted_repository, small, tmp_path
     model = tmp_path / "a/model"
     shutil.copytree(prompted_repository, model)
     task = local_tasks(small)[-1]
-    first, _ = run([str(model)], [task], tmp_path / "out")
+    first, _, _ = run([str(model)], [task], tmp_path / "out")
 
     (model / "README.md").write_text("Another card.")
     shutil.copytree(model, tmp_path / "moved/a/model")
@@ -177,7 +177,7 @@ def test_other_weights_are_another_revision(prompted_repository, small, tmp_path
     torch.nn.init.normal_(next(changed.projection.parameters()))
     changed.save_pretrained(model)
     with caplog.at_level(logging.WARNING):
-        second, _ = run([str(model)], [task], tmp_path / "out")
+        second, _, _ = run([str(model)], [task], tmp_path / "out")
     assert "holds results of other revisions of the model, which are not used" in caplog.text
     assert scores(first["a/model"]) != scores(second["a/model"])
 
@@ -197,7 +197,7 @@ def test_dtype_and_length_reach_the_model(prompted_repository, small, tmp_path):
     encoder = running.load_encoder(find_model(str(prompted_repository)), devices=["cpu"], **options)
     assert str(encoder.model.dtype) == "torch.bfloat16"
     assert encoder.options == {"max_length": 60, "max_tokens_per_batch": 100}
-    _, failures = run([str(prompted_repository)], local_tasks(small), tmp_path, **options)
+    _, failures, _ = run([str(prompted_repository)], local_tasks(small), tmp_path, **options)
     assert failures == []
     [meta] = tmp_path.glob("results/*/*/model_meta.json")
     assert json.loads(meta.read_text())["revision"].endswith("-dtype=bfloat16-max_length=60")
@@ -217,12 +217,12 @@ def test_other_data_are_evaluated_again(prompted_repository, small, tmp_path, em
 
 def test_the_cache_embeds_a_text_once(prompted_repository, small, tmp_path, embedded):
     tasks = local_tasks(small)
-    first, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
+    first, _, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
     shutil.rmtree(tmp_path / "out/results")
     embedded.clear()
-    second, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
+    second, _, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
     assert embedded == []
-    without, _ = run([str(prompted_repository)], tasks, tmp_path / "without")
+    without, _, _ = run([str(prompted_repository)], tasks, tmp_path / "without")
     for found in (first, second):
         for ours, expected in zip(found.values(), without.values(), strict=True):
             assert scores(ours) == pytest.approx(scores(expected), abs=1e-6)

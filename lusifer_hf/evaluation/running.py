@@ -95,9 +95,9 @@ def run(
     batch_size: int = 32,
     cache: bool = False,
     **options,
-) -> tuple[dict[str, list[TaskResult]], list[Failure]]:
+) -> tuple[dict[str, list[TaskResult]], list[Failure], dict[str, str]]:
     """
-    Evaluate each model on each task, and return the results of each model and the tasks that failed.
+    Evaluate each model on each task.
 
     Args:
         models (sequence of `str`):
@@ -111,6 +111,9 @@ def run(
             task is not embedded again.
         batch_size (`int`, *optional*, defaults to 32):
             Texts in a batch of a model that is no LUSIFER model, and on several devices.
+
+    Returns:
+        The results by the model's name, the tasks that failed, and the revisions by the model's name.
 
     Raises:
         `OSError`, `ValueError`: before anything is run, if a model is none, or two have one name.
@@ -165,7 +168,7 @@ def run(
                 if result is not None:
                     finished[source.name].append(result.validate_and_filter_scores(task))
                 progress.update()
-    return finished, failures
+    return finished, failures, {source.name: source.revision for source in sources}
 
 
 def find_model(model: str, **options) -> Source:
