@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Features, Value
 
-from .steps import ROW_FEATURES, step
+from .steps import ROW_FEATURES, column_values, step
 
 
 # Control characters that are no white space, and what a decoder puts where bytes were no text.
@@ -58,7 +58,7 @@ def clean(
     with step("clean", inputs, output, parameters, num_processes=num_processes) as running:
         for name in running.inputs:
             cleaned = running.map(running.read(name), partial(_clean, **parameters), features, name)
-            running.keep(name, cleaned.remove_columns("reason"), cleaned["reason"])
+            running.keep(name, cleaned.remove_columns("reason"), column_values(cleaned, "reason"))
     return Path(output)
 
 

@@ -10,7 +10,7 @@ from datasets import Features, Value
 
 from ..mixture import JSON_FORMATS, parse_json_line
 from .deduplication import NUM_HASHES, band_rows, check_threshold, ngrams, words, words_hash
-from .steps import open_text, step
+from .steps import column_values, open_text, step
 
 
 FORMATS = (*JSON_FORMATS, ".tsv", ".txt", ".parquet")
@@ -56,8 +56,8 @@ def decontaminate(
         finder = _Finder(tuple(files), ngram_words, threshold)
         for name in running.inputs:
             rows = running.read(name)
-            reasons = running.map(rows, finder, Features({"reason": Value("string")}), name)["reason"]
-            running.keep(name, rows, reasons)
+            found = running.map(rows, finder, Features({"reason": Value("string")}), name)
+            running.keep(name, rows, column_values(found, "reason"))
     return Path(output)
 
 

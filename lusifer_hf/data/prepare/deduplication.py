@@ -19,7 +19,7 @@ import xxhash
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .steps import step
+from .steps import column_values, step
 
 
 NUM_HASHES = 128  # of a signature; the estimate of a similarity of 0.8 is within 0.035 two times out of three
@@ -69,7 +69,7 @@ def deduplicate(
                 for name, rows in datasets.items()
             ]
         )
-        first = _first_with_hash(column(sketches, "hash"))
+        first = _first_with_hash(column_values(sketches, "hash"))
         exact = first != np.arange(len(first))
         near = np.zeros_like(exact)
         if threshold is not None:
@@ -146,10 +146,6 @@ def agreement(sketches: Dataset, field: str, left: np.ndarray, right: np.ndarray
     column = sketches.data.column(field)
     left, right = (column.take(rows).combine_chunks().flatten().to_numpy() for rows in (left, right))
     return (left == right).reshape(-1, NUM_HASHES).mean(axis=1)
-
-
-def column(dataset: Dataset, name: str) -> np.ndarray:
-    return dataset.data.column(name).to_numpy()
 
 
 def _sketch(columns: dict[str, list], compared: Sequence[str], signed: Sequence[str]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from ...encoding_lusifer import check_texts
 from ..mixture import FORMATS, JSON_FORMATS, DataSource, open_source, parse_json_line
-from .steps import ROW_FEATURES, Step, check_ids, open_text, step
+from .steps import ROW_FEATURES, Step, check_ids, column_values, open_text, step
 
 
 # The columns that each kind reads; `columns` renames them.
@@ -314,12 +314,12 @@ class _SameLabel:
 
 
 def _nli(records: Dataset, **_) -> tuple[Callable, Dataset, Counter]:
-    labels = np.array(records["label"])
+    premises, labels = column_values(records, "premise"), column_values(records, "label")
     unknown = set(labels) - {*ENTAILMENT, *CONTRADICTION, "neutral", "1", "-1", "-"}
     if unknown:
         raise ValueError(f"The label {min(unknown)!r} is no 'entailment', 'neutral' or 'contradiction'.")
     entailed, contradicted = defaultdict(list), defaultdict(list)
-    for number, (premise, label) in enumerate(zip(records["premise"], labels, strict=True)):
+    for number, (premise, label) in enumerate(zip(premises, labels, strict=True)):
         if label in ENTAILMENT:
             entailed[premise].append(number)
         elif label in CONTRADICTION:

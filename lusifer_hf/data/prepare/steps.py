@@ -74,10 +74,10 @@ class Step:
         """
         folder = self.folder / "shards" / name
         folder.mkdir(parents=True, exist_ok=True)
-        starts = range(0, len(dataset), SHARD_ROWS)
-        paths = [folder / f"{start:012d}.arrow" for start in starts]
-        todo = [(start, path) for start, path in zip(starts, paths, strict=True) if not path.exists()]
-        done = len(dataset) - sum(min(SHARD_ROWS, len(dataset) - start) for start, _ in todo)
+        slices = [slice(start, start + SHARD_ROWS) for start in range(0, len(dataset), SHARD_ROWS)]
+        paths = [folder / f"{rows.start:012d}.arrow" for rows in slices]
+        todo = [(rows, path) for rows, path in zip(slices, paths, strict=True) if not path.exists()]
+        done = len(dataset) - sum(len(range(len(dataset))[rows]) for rows, _ in todo)
         work = partial(_do_shard, dataset, function, features)
         with tqdm(total=len(dataset), initial=done, desc=name, unit="row", disable=_is_quiet()) as progress:
             for rows in (map if self.num_processes == 1 or len(todo) < 2 else self._pool.map)(work, todo):
@@ -93,8 +93,8 @@ class Step:
 
     def keep(self, name: str, dataset: Dataset, reasons: Sequence[str | None]):
         """Write the rows that no reason speaks against."""
-        kept = [index for index, reason in enumerate(reasons) if reason is None]
         dropped = Counter(reason for reason in reasons if reason is not None)
+        kept = [index for index, reason in enumerate(reasons) if reason is None]
         # Without it every access would go through a table of indices.
         self.write(name, dataset if len(kept) == len(dataset) else dataset.select(kept), len(dataset), dropped)
 
@@ -187,6 +187,11 @@ def read_rows(source: DataSource) -> Dataset:
     return rows
 
 
+def column_values(dataset: Dataset, name: str) -> np.ndarray:
+    """A column as it lies on the disk; `dataset[name]` would decode it row by row."""
+    return dataset.data.column(name).to_numpy()
+
+
 def check_ids(rows: Dataset, path: str | Path):
     """Raise a `ValueError` that names an id that occurs twice."""
     ids = rows.data.column("id").drop_null()
@@ -208,9 +213,14 @@ def write_rows(dataset: Dataset, path: Path):
             # No time in the header, so that equal rows make equal files.
             target = gzip.GzipFile(fileobj=file, mode="wb", mtime=0) if path.suffix == ".gz" else file
             with io.TextIOWrapper(target, encoding="utf-8", newline="\n") as text:
-                for row in tqdm(dataset, desc=f"Writing {path.name}", unit="row", disable=_is_quiet()):
-                    fields = {name: value for name, value in row.items() if value is not None}
-                    text.write(json.dumps(fields, ensure_ascii=False) + "\n")
+                starts = range(0, len(dataset), 1000)
+                for start in tqdm(starts, desc=f"Writing {path.name}", unit="k rows", disable=_is_quiet()):
+                    columns = dataset[start : start + 1000]
+                    for values in zip(*columns.values(), strict=True):
+                        fields = {
+                            name: value for name, value in zip(columns, values, strict=True) if value is not None
+                        }
+                        text.write(json.dumps(fields, ensure_ascii=False) + "\n")
     os.replace(partial, path)
 
 
@@ -235,10 +245,10 @@ def content_hash(path: str | Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _do_shard(dataset: Dataset, function: Callable[[dict], dict], features: Features, item: tuple[int, Path]) -> int:
-    """Write the shard that begins at a row; returns how many rows were read."""
-    start, path = item
-    columns = dataset[start : start + SHARD_ROWS]
+def _do_shard(dataset: Dataset, function: Callable[[dict], dict], features: Features, item: tuple[slice, Path]) -> int:
+    """Write the shard of a slice of the rows; returns how many rows were read."""
+    rows, path = item
+    columns = dataset[rows]
     result = function(columns)
     unfinished = path.with_suffix(".tmp")
     with ArrowWriter(path=str(unfinished), features=features) as writer:
