@@ -43,6 +43,14 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]):
     parser.add_argument("--ngram-words", type=int, metavar="N", help="shared words in a row that count; default: 8")
     parser.add_argument("--threshold", type=float, metavar="X", help="similarity of near duplicates; default: 0.8")
 
+    parser = step("sample", _sample, "Take fewer rows, balanced over the clusters.")
+    parser.add_argument("--rows", type=int, required=True, metavar="N", help="to keep of each data set")
+    parser.add_argument("--seed", type=int, metavar="N")
+
+    parser = command("stats", _stats, "Show counts, lengths, duplicates and clusters.")
+    parser.add_argument("inputs", nargs="+", metavar="DATA", help="file, folder or Hub id of a data set")
+    parser.add_argument("--output", metavar="FOLDER", help="also write them, with a picture")
+
 
 def _pairs(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
@@ -73,3 +81,15 @@ def _decontaminate(**options):
     from .decontamination import decontaminate
 
     decontaminate(**options)
+
+
+def _sample(**options):
+    from .sampling import sample
+
+    sample(**options)
+
+
+def _stats(**options):
+    from .stats import describe
+
+    print(describe(**options))
