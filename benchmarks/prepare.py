@@ -3,7 +3,7 @@ Time and peak memory of the data preparation that needs no model: a million rows
 
 Query and positive are runs of sentences of `shared/data/raw` (LUSIFER_SHARED names another folder than the `shared`
 beside the repository); their number of words has a log-normal distribution. Words are replaced at random, so that no
-two rows are alike but by intent: 3 in 100 rows copy an earlier row, 3 copy one with a word in fifteen replaced, 2 have
+two rows are alike but by intent: 3 in 100 rows copy an earlier row, 3 copy one with a word in thirty replaced, 2 have
 no text, and 1 has an evaluation query. Every step runs in a process of its own. Two sizes show how cost grows.
 
     python benchmarks/prepare.py                                # 250,000 and 1,000,000 rows
@@ -57,7 +57,7 @@ def make_rows(rows: int, seed: int) -> Iterator[tuple[str, dict]]:
         if kind in ("copy", "near copy"):
             query, positive = rng.choice(earlier)
             if kind == "near copy":
-                positive = changed(positive, 1 / 15)
+                positive = changed(positive, 1 / 30)
         else:
             query, positive = text(*QUERY_WORDS), text(*POSITIVE_WORDS)
             if len(earlier) < REMEMBERED:

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import regex
 from datasets import Features, Value
 
 from ..mixture import JSON_FORMATS, parse_json_line
-from .deduplication import NUM_HASHES, band_rows, check_threshold, ngrams, words, words_hash
+from .deduplication import NUM_HASHES, SPACELESS, band_rows, check_threshold, ngrams, words, words_hash
 from .steps import column_values, open_text, step
 
 
 FORMATS = (*JSON_FORMATS, ".tsv", ".txt", ".parquet")
 # What evaluation files hold beside texts, which training data may share.
 NOT_TEXT = {"id", "_id", "query-id", "corpus-id", "score", "label", "split", "lang", "language", "metadata"}
+# Of scripts without spaces. With one, 58 of 100 lines of Thai share a run of eight with 3,000 others; with three, 2.
+CHARACTERS_OF_WORD = 3
+ONE_CHARACTER = regex.compile(rf"{SPACELESS}\p{{M}}*")
 
 
 def decontaminate(
@@ -39,7 +43,8 @@ def decontaminate(
         against (sequence of `str`):
             Evaluation files or folders of them, whose texts are held in memory: `.jsonl`, `.json`, `.tsv` with a
             header line, `.txt`, `.parquet`. All their strings count but ids, labels and splits.
-        ngram_words (`int`, *optional*, defaults to 8): Shorter evaluation texts must agree as a whole.
+        ngram_words (`int`, *optional*, defaults to 8):
+            Shorter evaluation texts must agree as a whole. In scripts without spaces three characters are a word.
         threshold (`float`, *optional*, defaults to 0.8): None for no near duplicates.
         num_processes (`int`, *optional*, defaults to 1)
 
@@ -135,8 +140,17 @@ class _Finder:
         return None
 
     def parts(self, text_words: list[str]) -> Iterator[int]:
-        for start in range(len(text_words) - self.ngram_words + 1):
-            yield words_hash(text_words[start : start + self.ngram_words])
+        """Hashes of the runs of words that are just long enough, of those at the end of the text none."""
+        sizes = [1 if ONE_CHARACTER.fullmatch(word) else CHARACTERS_OF_WORD for word in text_words]
+        end, lacking = 0, self.ngram_words * CHARACTERS_OF_WORD
+        for start, size in enumerate(sizes):
+            while lacking > 0 and end < len(sizes):
+                lacking -= sizes[end]
+                end += 1
+            if lacking > 0:
+                return
+            yield words_hash(text_words[start:end])
+            lacking += size
 
 
 @lru_cache(maxsize=1)  # in every process once

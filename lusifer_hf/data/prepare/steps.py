@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -288,7 +289,12 @@ def _is_quiet() -> bool:
     return logger.getEffectiveLevel() > logging.INFO
 
 
-def open_text(path: str | Path) -> io.TextIOBase:
-    """Open a text file, also one with `.gz`."""
+@contextmanager
+def open_text(path: str | Path) -> Iterator[io.TextIOBase]:
+    """Open a text file, also one with `.gz`; a `ValueError` names one that is damaged."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8", newline="\n")
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or no UTF-8: {error}") from error
