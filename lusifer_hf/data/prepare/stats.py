@@ -64,7 +64,7 @@ def _describe(dataset: Dataset, name: str) -> dict:
         "repeated queries": rows - len(np.unique(np.concatenate(hashes["query"]))),
         "repeated rows": rows - len(np.unique(np.concatenate(hashes["row"]))),
         "characters": {
-            field: {label: int(np.quantile(values, share)) for label, share in QUANTILES.items()}
+            field: {label: int(np.quantile(values, share, method="nearest")) for label, share in QUANTILES.items()}
             for field, values in lengths.items()
             if len(values)
         },
