@@ -17,6 +17,11 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]):
         parser.add_argument("--num-processes", type=int, metavar="N")
         return parser
 
+    def add_model(parser: argparse.ArgumentParser):
+        parser.add_argument("--model", required=True, metavar="ID", help="that embeds: Hub id or folder")
+        parser.add_argument("--instruction", help="what the embeddings are for, in English")
+        parser.add_argument("--trust-remote-code", action="store_true", help="run code of the model's repository")
+
     parser = with_processes(step("import", _import, "Bring raw data into rows of query, positive and negative."))
     kinds = ("beir", "pairs", "labels", "label-names", "nli", "sts", "parallel")
     parser.add_argument("--kind", required=True, choices=kinds, help="what the data is")
@@ -42,6 +47,25 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]):
     parser.add_argument("--against", nargs="+", required=True, metavar="DATA", help="evaluation files or folders")
     parser.add_argument("--ngram-words", type=int, metavar="N", help="shared words in a row that count; default: 8")
     parser.add_argument("--threshold", type=float, metavar="X", help="similarity of near duplicates; default: 0.8")
+
+    parser = step("mine", _mine, "Add hard negatives. Also with accelerate launch, on several GPUs.")
+    add_model(parser)
+    parser.add_argument("--corpus", nargs="+", metavar="FILE", help="as BEIR's corpus.jsonl; default: all positives")
+    parser.add_argument("--range-min", type=int, metavar="N", help="first rank to take from; default: 30")
+    parser.add_argument("--range-max", type=int, metavar="N", help="rank to stop at; default: 128")
+    parser.add_argument("--num-negatives", type=int, metavar="N", help="of a row, at most; default: 32")
+    parser.add_argument("--sampling-strategy", choices=("top", "random"), help="default: random")
+    parser.add_argument("--absolute-margin", type=float, metavar="X", help="below the positive's score")
+    parser.add_argument("--relative-margin", type=float, metavar="X", help="below it by this share, such as 0.05")
+    parser.add_argument("--cross-encoder", metavar="ID", help="scores the window's documents again")
+    parser.add_argument("--seed", type=int, metavar="N")
+
+    parser = step("cluster", _cluster, "Number the clusters of queries. Also with accelerate launch.")
+    add_model(parser)
+    parser.add_argument("--clusters", type=int, metavar="N", help="at most; default: 1024")
+    parser.add_argument("--iterations", type=int, metavar="N", help="of k-means; default: 200")
+    parser.add_argument("--min-cluster-size", type=int, metavar="N", help="default: 20")
+    parser.add_argument("--seed", type=int, metavar="N")
 
     parser = step("sample", _sample, "Take fewer rows, balanced over the clusters.")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="to keep of each data set")
@@ -81,6 +105,18 @@ def _decontaminate(**options):
     from .decontamination import decontaminate
 
     decontaminate(**options)
+
+
+def _mine(**options):
+    from .mining import mine
+
+    mine(**options)
+
+
+def _cluster(**options):
+    from .clustering import cluster
+
+    cluster(**options)
 
 
 def _sample(**options):

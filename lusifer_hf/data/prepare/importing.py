@@ -7,6 +7,7 @@ texts of a label) stays memory-mapped; in memory are ids, labels and row numbers
 
 import csv
 import random
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
-from datasets.arrow_writer import ArrowWriter
 
 from ...encoding_lusifer import check_texts
 from ..mixture import FORMATS, JSON_FORMATS, DataSource, open_source, parse_json_line
-from .steps import ROW_FEATURES, Step, check_ids, column_values, open_text, step
+from .deduplication import words_hash
+from .steps import ROW_FEATURES, Step, check_ids, column_values, open_text, step, write_arrow
 
 
 # The columns that each kind reads; `columns` renames them.
@@ -94,7 +95,11 @@ def import_data(
                 continue
             wanted = {column: columns.get(column, column) for column in COLUMNS[kind]}
             records = read_records(running.folder / "shards", source, wanted, where, split)
-            convert, records, dropped = _CONVERTERS[kind](records, negatives=negatives, min_score=min_score, seed=seed)
+            options = {"negatives": negatives, "min_score": min_score, "seed": seed}
+            try:
+                convert, records, dropped = _CONVERTERS[kind](records, **options)
+            except ValueError as error:
+                raise ValueError(f"{source.path}: {error}") from error
             rows_in = len(records) + dropped.total()
             running.write(name, running.map(records, convert, ROW_FEATURES, name), rows_in, dropped)
     return Path(output)
@@ -102,7 +107,8 @@ def import_data(
 
 def _import_beir(running: Step, name: str, folder: Path, split: str):
     corpus, queries = (
-        read_texts(folder / file, running.folder / "shards") for file in ("corpus.jsonl", "queries.jsonl")
+        read_texts(folder / file, running.folder / "shards" / f"{name}.{file}.arrow")
+        for file in ("corpus.jsonl", "queries.jsonl")
     )
     paths = [path for path in (folder / "qrels" / f"{split}.tsv", folder / "qrels.tsv") if path.is_file()]
     if not paths:
@@ -143,8 +149,8 @@ class _Judged:
         return _rows(id=queries["id"], query=queries["text"], **judged)
 
 
-def read_texts(path: Path, scratch: Path) -> Dataset:
-    """A corpus or the queries of a BEIR folder, memory-mapped: `id` and `text`, which begins with the title if any."""
+def read_texts(path: Path, target: Path) -> Dataset:
+    """A corpus or the queries of a BEIR folder, in a file: `id` and `text`, which begins with the title if any."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
 
@@ -157,7 +163,7 @@ def read_texts(path: Path, scratch: Path) -> Dataset:
             check_texts([record["text"], title], what=f"{place}, a text")
             yield {"id": str(record["_id"]), "text": f"{title} {record['text']}".strip()}
 
-    texts = list_to_dataset(rows(), Features({"id": Value("string"), "text": Value("string")}), scratch / path.name)
+    texts = write_arrow(target, Features({"id": Value("string"), "text": Value("string")}), rows())
     check_ids(texts, path)
     return texts
 
@@ -195,23 +201,13 @@ def read_records(scratch: Path, source: DataSource, columns: dict[str, str], whe
                     raise ValueError(f"{place} has no field {column or name!r} (it has {known}): name it by columns.")
                 values[name] = record[column or name]
             if all(str(values.pop(name) if name not in columns else values[name]) == where[name] for name in where):
-                yield {name: "" if value is None else str(value) for name, value in values.items()}
+                yield {name: _cell(value, f"{place}, field {columns[name]!r}") for name, value in values.items()}
 
-    rows = list_to_dataset(records(), Features({name: Value("string") for name in columns}), scratch / source.name)
+    features = Features({name: Value("string") for name in columns})
+    rows = write_arrow(scratch / f"{source.name}.records.arrow", features, records())
     if len(rows) == 0:
         raise ValueError(f"{source.path} holds no records" + (f" with {where}." if where else "."))
     return rows
-
-
-def list_to_dataset(rows: Iterator[dict], features: Features, path: Path) -> Dataset:
-    """Rows on the disk, memory-mapped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path = path.with_name(f"{path.name}.records.arrow")
-    with ArrowWriter(path=str(path), features=features) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
-    return Dataset.from_file(str(path))
 
 
 def _records(path: Path, source: DataSource, split: str) -> Iterator[tuple[dict, str]]:
@@ -235,6 +231,13 @@ def _records(path: Path, source: DataSource, split: str) -> Iterator[tuple[dict,
             raise ValueError(f"{path} does not end in one of .tsv, .csv, {', '.join(FORMATS)}.")
         for number, record in enumerate(open_source(DataSource(source.path, split=split), streaming=False)):
             yield record, f"{source.path}, row {number} (from 0)"
+
+
+def _cell(value, name: str) -> str:
+    """A text, label or score as a string."""
+    if isinstance(value, list | dict):
+        raise TypeError(f"{name} is {reprlib.repr(value)}, not a string or a number.")
+    return "" if value is None else str(value)
 
 
 def _rows(**columns: list) -> dict[str, list]:
@@ -268,11 +271,11 @@ def _labels(records: Dataset, negatives: int, seed: int, names: bool, **_) -> tu
         texts = [label.replace("_", " ") for label in labels.dictionary.to_pylist()]
         convert = _LabelNames(texts, negatives, seed)
         return convert, records.add_column("code", codes).add_column("number", np.arange(len(codes))), Counter()
-    counts = np.bincount(codes)
-    kept = np.flatnonzero(counts[codes] > 1)
+    hashes = (words_hash([text]) for text in column_values(records, "text"))
+    convert = _SameLabel(records, codes, np.fromiter(hashes, np.uint64, len(records)), negatives, seed)
+    kept = np.flatnonzero(convert.has_other_texts)
     dropped = Counter({"only text of its label": len(codes) - len(kept)} if len(kept) < len(codes) else {})
-    numbered = records.add_column("code", codes).add_column("number", np.arange(len(codes)))
-    return _SameLabel(records, codes, negatives, seed), numbered.select(kept), dropped
+    return convert, records.add_column("number", np.arange(len(codes))).select(kept), dropped
 
 
 class _LabelNames:
@@ -290,27 +293,51 @@ class _LabelNames:
 
 
 class _SameLabel:
-    """A text's positive is another text of its label, drawn by the row's number: no process sees another one."""
+    """
+    A text's positive is another text of its label, its negatives are of other labels; the row's number draws them.
 
-    def __init__(self, records: Dataset, codes: np.ndarray, negatives: int, seed: int):
+    Rows lie in the order of their labels, those with the same text side by side. What may be drawn for a row is all of
+    that but one run: for the positive its copies in the run of its label, for negatives the run of its label.
+    """
+
+    def __init__(self, records: Dataset, labels: np.ndarray, texts: np.ndarray, negatives: int, seed: int):
         self.records, self.negatives, self.seed = records, negatives, seed
-        self.codes, self.order = codes, np.argsort(codes, kind="stable")
-        self.starts = np.searchsorted(codes[self.order], np.arange(codes.max() + 2))
+        self.order = np.lexsort((texts, labels))
+        ordered = labels[self.order]
+        self.label_runs = np.stack([np.searchsorted(ordered, labels, side) for side in ("left", "right")], axis=1)
+        changes = (np.diff(ordered) != 0) | (texts[self.order][1:] != texts[self.order][:-1])
+        ends = np.append(np.flatnonzero(changes) + 1, len(labels))
+        position = np.argsort(self.order)
+        number = np.searchsorted(ends, position, side="right")
+        self.copy_runs = np.stack([np.append(0, ends)[number], ends[number]], axis=1)
+
+    @property
+    def has_other_texts(self) -> np.ndarray:
+        """Whether a row's label has another text (N,)."""
+        return (self.label_runs != self.copy_runs).any(axis=1)
 
     def __call__(self, columns: dict[str, list]) -> dict[str, list]:
-        positives, negatives = [], []
-        for code, number in zip(columns["code"], columns["number"], strict=True):
-            draw = np.random.default_rng([self.seed, number])
-            start, end = self.starts[code], self.starts[code + 1]
-            same = self.order[start:end]
-            positives.append(self._texts(draw.choice(same[same != number], 1)))
-            # The positions around the label's own texts.
-            others = draw.choice(len(self.codes) - (end - start), self.negatives)
-            negatives.append(self._texts(self.order[np.where(others < start, others, others + end - start)]))
-        return _rows(query=columns["text"], positive=positives, negative=negatives)
+        drawn = [self._draw(number) for number in columns["number"]]
+        texts = iter(self.records[np.concatenate(drawn)]["text"])
+        rows = [[next(texts) for _ in positions] for positions in drawn]
+        positive = [row[0] for row in rows]
+        # A text may also stand under another label.
+        negative = [
+            [text for text in dict.fromkeys(row[1:]) if text not in (row[0], query)]
+            for row, query in zip(rows, columns["text"], strict=True)
+        ]
+        return _rows(query=columns["text"], positive=[[text] for text in positive], negative=negative)
 
-    def _texts(self, rows: np.ndarray) -> list[str]:
-        return list(dict.fromkeys(self.records[row]["text"] for row in rows.tolist()))
+    def _draw(self, number: int) -> np.ndarray:
+        """The rows of the positive and of the negatives."""
+        generator = np.random.default_rng([self.seed, number])
+        (start, end), (first, last) = self.label_runs[number], self.copy_runs[number]
+        positive = start + generator.choice(end - start - (last - first), 1)
+        positive += (last - first) * (positive >= first)
+        others = len(self.order) - (end - start)
+        negatives = generator.choice(others, min(self.negatives, others), replace=False)
+        negatives += (end - start) * (negatives >= start)
+        return self.order[np.concatenate([positive, negatives])]
 
 
 def _nli(records: Dataset, **_) -> tuple[Callable, Dataset, Counter]:

@@ -18,14 +18,15 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+from accelerate import PartialState
 from datasets import Dataset, Features, List, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
@@ -43,9 +44,23 @@ SHARD_ROWS = 10_000  # some seconds of the slowest step: what a kill costs at mo
 class Step:
     """The running step that [`step`] yields: its data sets by name, and where their results go."""
 
-    def __init__(self, inputs: dict[str, DataSource], folder: Path, num_processes: int):
-        self.inputs, self.folder, self.num_processes = inputs, folder, num_processes
+    def __init__(
+        self, inputs: dict[str, DataSource], folder: Path, num_processes: int, state: PartialState | None = None
+    ):
+        self.inputs, self.folder, self.num_processes, self.state = inputs, folder, num_processes, state
         self.report: dict[str, dict] = {}
+
+    @property
+    def is_main(self) -> bool:
+        return self.state is None or self.state.is_main_process
+
+    def main_first(self):
+        """A context that the other processes enter when the first one has left it."""
+        return nullcontext() if self.state is None else self.state.main_process_first()
+
+    def wait(self):
+        if self.state is not None:
+            self.state.wait_for_everyone()
 
     @cached_property
     def _pool(self) -> ProcessPoolExecutor:
@@ -58,7 +73,8 @@ class Step:
 
     def read(self, name: str) -> Dataset:
         """The rows of a data set, in memory-mapped form: `ROW_FEATURES`, every value checked."""
-        return read_rows(self.inputs[name])
+        with self.main_first():  # which the library keeps on the disk for the others
+            return read_rows(self.inputs[name])
 
     def map(self, dataset: Dataset, function: Callable[[dict], dict], features: Features, name: str) -> Dataset:
         """
@@ -114,6 +130,7 @@ def step(
     *,
     others: Sequence[str | Path] = (),
     num_processes: int = 1,
+    distributed: bool = False,
 ) -> Iterator[Step]:
     """
     Run a step from data sets to a folder with a data set of the same name for each, and the manifest.
@@ -125,38 +142,59 @@ def step(
         parameters (`dict`): What decides the result beside the inputs, for the manifest.
         others (sequence of `str`): Further files that decide the result.
         num_processes (`int`, *optional*, defaults to 1)
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether all processes of `accelerate launch` take part. The first one opens the folder and finishes it.
 
     Raises:
         `OSError`, `TypeError`, `ValueError`: before any work, naming the file.
     """
     if num_processes < 1:
         raise ValueError(f"num_processes={num_processes} must be 1 or more.")
+    if not distributed and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"{name} is not a step for several processes of accelerate launch: set num_processes instead."
+        )
     output = Path(output)
     sources = [DataSource(str(path)) for path in inputs]
     names = [source.name.removesuffix(".tsv").removesuffix(".csv") for source in sources]
     for name_ in names:
         if names.count(name_) > 1:
             raise ValueError(f"Two inputs have the name {name_!r}, and would be written to one file: rename one.")
-    check_output(output)
     start = time.time()
     hashes = {str(path): content_hash(path) for path in [*inputs, *others]}
     record = {"step": name, "inputs": hashes, "parameters": parameters}
     folder = output.with_name(f".{output.name}.partial")
-    _open_folder(folder, record)
-    running = Step(dict(zip(names, sources, strict=True)), folder, num_processes)
+    running = Step(
+        dict(zip(names, sources, strict=True)), folder, num_processes, PartialState() if distributed else None
+    )
+    with running.main_first():
+        if running.is_main:
+            check_output(output)
+            _open_folder(folder, record)
     try:
         yield running  # after an error the folder stays, so that the same call goes on
     finally:
         running.close()
-    record |= {"data": running.report, "seconds": round(time.time() - start, 1)}
-    history = [entry for path in _manifests(inputs) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    manifest = [entry for index, entry in enumerate(history) if entry not in history[:index]] + [record]
+    with running.main_first():
+        if running.is_main:
+            record |= {"data": running.report, "seconds": round(time.time() - start, 1)}
+            _finish(folder, output, [*_history(inputs), record])
+
+
+def _finish(folder: Path, output: Path, manifest: list[dict]):
     _write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / "shards", ignore_errors=True)
     (folder / "step.json").unlink()
     if output.is_dir():
         output.rmdir()
     folder.rename(output)
+
+
+def _history(inputs: Sequence[str | Path]) -> list[dict]:
+    """What the manifests beside the inputs say, each entry once."""
+    paths = dict.fromkeys(Path(path).parent / MANIFEST for path in inputs)
+    entries = [entry for path in paths if path.is_file() for entry in json.loads(path.read_text(encoding="utf-8"))]
+    return [entry for index, entry in enumerate(entries) if entry not in entries[:index]]
 
 
 def check_output(output: Path):
@@ -212,7 +250,7 @@ def write_rows(dataset: Dataset, path: Path):
     else:
         with open(partial, "wb") as file:
             # No time in the header, so that equal rows make equal files.
-            target = gzip.GzipFile(fileobj=file, mode="wb", mtime=0) if path.suffix == ".gz" else file
+            target = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, mtime=0) if path.suffix == ".gz" else file
             with io.TextIOWrapper(target, encoding="utf-8", newline="\n") as text:
                 starts = range(0, len(dataset), 1000)
                 for start in tqdm(starts, desc=f"Writing {path.name}", unit="k rows", disable=_is_quiet()):
@@ -223,6 +261,18 @@ def write_rows(dataset: Dataset, path: Path):
                         }
                         text.write(json.dumps(fields, ensure_ascii=False) + "\n")
     os.replace(partial, path)
+
+
+def write_arrow(path: Path, features: Features, rows: Iterable[dict]) -> Dataset:
+    """Rows in a file of their own, memory-mapped."""
+    unfinished = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ArrowWriter(path=str(unfinished), features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    os.replace(unfinished, path)
+    return Dataset.from_file(str(path))
 
 
 def _is_empty(dataset: Dataset, field: str) -> bool:
@@ -271,12 +321,6 @@ def _open_folder(folder: Path, record: dict):
         shutil.rmtree(folder)
     folder.mkdir()
     _write_json(path, record)
-
-
-def _manifests(inputs: Sequence[str | Path]) -> list[Path]:
-    """The manifests beside the inputs, each once."""
-    paths = dict.fromkeys(Path(path).parent / MANIFEST for path in inputs)
-    return [path for path in paths if path.is_file()]
 
 
 def _write_json(path: Path, value):
