@@ -19,6 +19,7 @@ import pytest
 from conftest import read_json_lines, write_json_lines
 from datasets import Dataset
 
+from lusifer_hf.cli import main
 from lusifer_hf.data.mixture import DataSource, load_mixture
 from lusifer_hf.data.prepare import cleaning, steps
 from lusifer_hf.data.prepare.cleaning import clean
@@ -188,3 +189,49 @@ def test_bad_files(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *args: False)  # the tests may run as root
     with pytest.raises(PermissionError, match="cannot be written"):
         clean([path], tmp_path / "out")
+
+
+# The command line
+
+
+def test_pipeline(tmp_path, capsys):
+    raw = [{"text": f"where does animal {i} sleep", "label": f"sleep_{i % 2}", "split": "train"} for i in range(12)]
+    raw += [{**raw[0], "split": "test"}, raw[1], {**raw[2], "text": " "}, {**raw[0], "text": "Wo schläft Tier 3?"}]
+    write_json_lines(tmp_path / "x.jsonl.gz", raw)
+    (tmp_path / "eval.txt").write_text("Where does animal 7 sleep?\n")
+    for options in (
+        f"import {tmp_path}/x.jsonl.gz --kind label-names --where split=train --columns text=text,label=label",
+        f"clean {tmp_path}/import/x.jsonl.gz --min-query-words 5",
+        f"dedup {tmp_path}/clean/x.jsonl.gz --exact",
+        f"decontaminate {tmp_path}/dedup/x.jsonl.gz --against {tmp_path}/eval.txt",
+    ):
+        name, *rest = options.split()
+        assert main(["prepare", name, *rest, "--output", str(tmp_path / name)]) == 0, capsys.readouterr().err
+    entries = manifest(tmp_path / "decontaminate")
+    assert [entry["step"] for entry in entries] == ["import", "clean", "dedup", "decontaminate"]
+    assert [entry["data"]["x"]["rows_out"] for entry in entries] == [15, 13, 12, 11]
+    assert [entry["data"]["x"]["dropped"] for entry in entries[1:]] == [
+        {"empty query": 1, "too short query": 1},
+        {"duplicate": 1},
+        {"query in evaluation data": 1},
+    ]
+    # An option that is not given has the default of the function.
+    assert entries[0]["parameters"]["negatives"] == 7 and entries[3]["parameters"]["threshold"] == 0.8
+    rows = read_json_lines(tmp_path / "decontaminate" / "x.jsonl.gz")
+    assert rows[1] == {"query": "where does animal 1 sleep", "positive": ["sleep 1"], "negative": ["sleep 0"]}
+
+
+def test_command_line_errors(tmp_path, capsys):
+    path = str(write_json_lines(tmp_path / "x.jsonl", ROWS))
+    assert main(["prepare", "clean", path, "--output", str(tmp_path)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path} exists already: choose another output folder, or remove it first.\n"
+    )
+    for options in (
+        ["tidy"],
+        ["clean", path],
+        ["import", path, "--kind", "pairs", "--where", "split", "--output", "y"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["prepare", *options])
