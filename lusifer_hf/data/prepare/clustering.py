@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .embedding import embed_shards, load_encoders, take_rows
-from .steps import step
+from .steps import check_complete, step
 
 
 def cluster(
@@ -48,8 +48,10 @@ def cluster(
     others = [model] if Path(model).exists() else []
     with step("cluster", inputs, output, parameters, others=others, distributed=True) as running:
         encode_query, _ = load_encoders(model, instruction, trust_remote_code)
-        for name in running.inputs:
-            rows = running.read(name)
+        data = {name: running.read(name) for name in running.inputs}
+        for name, rows in data.items():
+            check_complete(rows, name)
+        for name, rows in data.items():
             queries = rows.select_columns("query").rename_column("query", "text")
             paths = embed_shards(running, queries, encode_query, name)
             if running.is_main:

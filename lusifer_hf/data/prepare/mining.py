@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from .deduplication import words, words_hash
-from .embedding import SHARD_TEXTS, Encode, embed_shards, load_encoders, take_rows
+from .embedding import SHARD_TEXTS, embed_shards, load_encoders, take_rows
 from .importing import read_texts
-from .steps import ROW_FEATURES, Step, check_ids, column_values, step, write_arrow
+from .steps import ROW_FEATURES, Step, check_complete, check_ids, column_values, step, write_arrow
 
 
 Strategy = Literal["top", "random"]
@@ -68,15 +67,16 @@ def mine(
             `.jsonl` files with `_id`, `text` and optionally `title`, as BEIR's. By default each data set's own
             positives.
         range_min, range_max (`int`, *optional*, default to 30 and 128):
-            Ranks among the documents that are no positives, from 0: the window from which negatives are taken.
+            Ranks, from 0, among the documents that are no positives and keep the margins: the window from which
+            negatives are taken.
         num_negatives (`int`, *optional*, defaults to 32): Of a row, at most.
         sampling_strategy (`str`, *optional*, defaults to `"random"`): `"top"` takes the first of the window.
         absolute_margin, relative_margin (`float`, *optional*):
             A negative's score is at most the least similar positive's score less the absolute margin, and less this
             share of it (0.05: the TopK-PercPos of NV-Retriever, arXiv 2407.15831).
         cross_encoder (`str`, *optional*):
-            Hub id or folder of a cross-encoder, whose scores replace the cosine for the margins and the order in the
-            window.
+            Hub id or folder of a cross-encoder. Its scores replace the cosines of the documents that were found, for
+            the margins and the ranks.
         seed (`int`, *optional*, defaults to 0): Draws the negatives.
 
     Returns:
@@ -97,28 +97,28 @@ def mine(
     models = [path for path in (model, cross_encoder) if path is not None and Path(path).exists()]
     with step("mine", inputs, output, parameters | rules, others=[*corpus, *models], distributed=True) as running:
         encode_query, encode_document = load_encoders(model, instruction, trust_remote_code)
-        shared = None
-        if corpus:
-            shared = _Corpus(running, lambda path: _read_corpora(corpus, path), "corpus")
-            shared.embed(running, encode_document)
-        for name in running.inputs:
+        shared = _Corpus(running, lambda path: _read_corpora(corpus, path), "corpus") if corpus else None
+        work = {}
+        for name in running.inputs:  # all of them first: what is wrong shows before the long work
             rows = running.read(name)
+            check_complete(rows, name)
             documents = shared or _Corpus(running, partial(_own_corpus, rows), f"{name} corpus")
-            most = pc.max(pc.list_value_length(rows.data.column("positive"))).as_py()
-            if len(documents) <= range_min + most:
+            positives = _Positives(rows, documents, name)
+            if len(documents) <= range_min + positives.most:
                 raise ValueError(
                     f"The corpus of {name} has {len(documents):,} documents, and negatives are taken from rank "
                     f"{range_min} on: lower range_min, or give a larger corpus."
                 )
-            if documents is not shared:
-                documents.embed(running, encode_document)
+            work[name] = rows, documents, positives
+        for name, (rows, documents, positives) in work.items():
+            document_paths = embed_shards(running, documents.texts, encode_document, documents.name)
             queries = rows.select_columns("query").rename_column("query", "text")
             query_paths = embed_shards(running, queries, encode_query, f"{name} queries")
-            found = _search(running, rows, documents, query_paths, range_max + most, name)
+            found = _search(running, positives, document_paths, query_paths, range_max + positives.most, name)
             if cross_encoder is not None:
-                found = _rescore(running, rows, documents, found, cross_encoder, trust_remote_code, name)
+                found = _rescore(running, rows, documents, positives, found, cross_encoder, trust_remote_code, name)
             if running.is_main:
-                chosen = _mined_rows(rows, documents, found, range_max, **rules)
+                chosen = _mined_rows(rows, documents, positives, found, range_max, **rules)
                 mined = write_arrow(running.folder / "shards" / f"{name} mined.arrow", ROW_FEATURES, chosen)
                 lengths = pc.list_value_length(mined.data.column("negative")).to_numpy()
                 running.keep(name, mined, np.where(lengths > 0, None, "no negative"))
@@ -126,7 +126,7 @@ def mine(
 
 
 class _Corpus:
-    """Documents with ids, hashes of their words and, once embedded, the files of their embeddings."""
+    """Documents with ids and hashes of their words."""
 
     def __init__(self, running: Step, read: Callable[[Path], Iterable[dict]], name: str):
         self.name = name
@@ -137,28 +137,9 @@ class _Corpus:
                 write_arrow(path, CORPUS_FEATURES, hashed)
             self.texts = Dataset.from_file(str(path))
         self.hashes = column_values(self.texts, "hash")
-        self._order = np.argsort(self.hashes, kind="stable")
 
     def __len__(self) -> int:
         return len(self.texts)
-
-    def embed(self, running: Step, encode: Encode):
-        self.paths = embed_shards(running, self.texts, encode, self.name)
-
-    def find(self, texts: list[str], ids: list[str], place: str) -> np.ndarray:
-        """The rows (n,) of documents by their ids or, without ids, by their texts."""
-        if ids:
-            rows = pc.index_in(pa.array(ids, pa.string()), self.texts.data.column("id"))
-            rows, missing = rows.fill_null(0).to_numpy(), rows.is_null().to_numpy(zero_copy_only=False)
-        else:
-            hashes = np.array([_hash(text) for text in texts], dtype=np.int64)
-            rows = np.searchsorted(self.hashes, hashes, sorter=self._order)
-            rows = self._order[np.minimum(rows, len(self) - 1)]
-            missing = self.hashes[rows] != hashes
-        if missing.any():
-            wanted = (ids or texts)[int(np.argmax(missing))]
-            raise ValueError(f"{place}: the positive {wanted[:80]!r} is not in the corpus.")
-        return rows
 
 
 def _read_corpora(paths: Sequence[str | Path], scratch: Path) -> Dataset:
@@ -172,48 +153,74 @@ def _read_corpora(paths: Sequence[str | Path], scratch: Path) -> Dataset:
 def _own_corpus(rows: Dataset, scratch: Path) -> Iterator[dict]:
     """All positives of the rows, each text once."""
     seen = set()
-    for batch in rows.iter(1000):
-        ids = batch["positive_id"]
-        for texts, text_ids in zip(batch["positive"], ids, strict=True):
-            for text, text_id in zip(texts, text_ids or [None] * len(texts), strict=True):
+    for batch in rows.select_columns(["positive", "positive_id"]).iter(1000):
+        for texts, ids in zip(batch["positive"], batch["positive_id"], strict=True):
+            for text, text_id in zip(texts, ids or [None] * len(texts), strict=True):
                 if (key := _hash(text)) not in seen:
                     seen.add(key)
                     yield {"id": text_id, "text": text}
 
 
+class _Positives:
+    """Which documents of a corpus the positives of rows are, by their ids or, without one of it, by their texts."""
+
+    def __init__(self, rows: Dataset, documents: _Corpus, name: str):
+        counts, id_counts = (
+            pc.list_value_length(rows.data.column(field)).to_numpy() for field in ("positive", "positive_id")
+        )
+        self.most = int(counts.max())
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        batches = rows.select_columns("positive").iter(1000)
+        hashes = np.array([_hash(text) for batch in batches for texts in batch["positive"] for text in texts])
+        order = np.argsort(documents.hashes, kind="stable")
+        places = np.searchsorted(documents.hashes, hashes, sorter=order).clip(max=len(documents) - 1)
+        self._documents = np.where(documents.hashes[order[places]] == hashes, order[places], -1)
+        ids = pc.list_flatten(rows.data.column("positive_id"))
+        by_id = pc.index_in(ids, documents.texts.data.column("id")).fill_null(-1).to_numpy()
+        has_id = np.repeat(id_counts > 0, counts)
+        self._documents[has_id] = np.where(by_id >= 0, by_id, self._documents[has_id])
+        if (self._documents < 0).any():
+            row = int(np.searchsorted(self._starts, np.argmin(self._documents), side="right")) - 1
+            text = rows[row]["positive"][int(np.argmin(self._documents)) - self._starts[row]]
+            raise ValueError(f"{name}, row {row} (from 0): the positive {text[:80]!r} is not in the corpus.")
+
+    def of(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """The documents (n,) of rows, and for each whose positive it is, counted from the first row."""
+        counts = np.diff(self._starts[rows.start : rows.stop + 1])
+        return self._documents[self._starts[rows.start] : self._starts[rows.stop]], np.repeat(range(len(rows)), counts)
+
+
 def _search(
-    running: Step, rows: Dataset, documents: _Corpus, query_paths: Sequence[Path], count: int, name: str
+    running: Step,
+    positives: _Positives,
+    document_paths: Sequence[Path],
+    query_paths: Sequence[Path],
+    count: int,
+    name: str,
 ) -> list[Path]:
-    """For each shard of queries the nearest documents and the positives, with their cosines, as `_Found`."""
+    """For each shard of queries the nearest `documents`, their `scores`, and those of the positives: cosines."""
     folder = running.folder / "shards" / f"{name} found"
     paths = [folder / path.with_suffix(".npz").name for path in query_paths]
-    todo = [index for index, path in enumerate(paths) if not path.exists()]
+    todo = [shard for shard, path in enumerate(paths) if not path.exists()]
     if running.is_main and todo:
         folder.mkdir(exist_ok=True)
-        index = build_index(documents.paths, len(documents))
+        index = build_index(document_paths)
         for shard in tqdm(todo, desc=f"Searching {name}", unit="shard"):
             queries = np.load(query_paths[shard])
-            scores, nearest = index.search(queries, min(count, len(documents)))
-            start = shard * SHARD_TEXTS
-            part = rows[start : start + SHARD_TEXTS]
-            columns = zip(part["positive"], part["positive_id"], strict=True)
-            positives = [
-                documents.find(texts, ids, f"{name}, row {start + number} (from 0)")
-                for number, (texts, ids) in enumerate(columns)
-            ]
-            owners = np.repeat(np.arange(len(positives)), [len(found) for found in positives])
-            positives = np.concatenate(positives)
-            cosines = np.einsum("nd,nd->n", queries[owners], take_rows(documents.paths, positives))
-            _save(paths[shard], documents=nearest, scores=scores, owners=owners, positives=positives, cosines=cosines)
+            scores, nearest = index.search(queries, min(count, index.ntotal))
+            own, owners = positives.of(_rows_of(shard, len(queries)))
+            cosines = np.einsum("nd,nd->n", queries[owners], take_rows(document_paths, own))
+            _save(paths[shard], documents=nearest, scores=scores, positive_scores=cosines)
     running.wait()
     return paths
 
 
-def build_index(paths: Sequence[Path], count: int):
+def build_index(paths: Sequence[Path]):
     """A faiss index of embeddings (N, D) by inner product: exact for a small corpus, else by nearest lists."""
     import faiss
 
-    size = np.load(paths[0], mmap_mode="r").shape[1]
+    shapes = [np.load(path, mmap_mode="r").shape for path in paths]
+    count, size = sum(rows for rows, _ in shapes), shapes[0][1]
     if count <= EXACT_DOCUMENTS:
         index = faiss.IndexFlatIP(size)
     else:
@@ -230,67 +237,83 @@ def build_index(paths: Sequence[Path], count: int):
 
 
 def _rescore(
-    running: Step, rows: Dataset, documents: _Corpus, found: Sequence[Path], model: str, trust: bool, name: str
+    running: Step,
+    rows: Dataset,
+    documents: _Corpus,
+    positives: _Positives,
+    found: Sequence[Path],
+    model: str,
+    trust_remote_code: bool,
+    name: str,
 ) -> list[Path]:
     """The same files with the cross-encoder's scores."""
     from sentence_transformers import CrossEncoder
 
     folder = running.folder / "shards" / f"{name} rescored"
     paths = [folder / path.name for path in found]
-    todo = [index for index, path in enumerate(paths) if not path.exists()]
+    todo = [shard for shard, path in enumerate(paths) if not path.exists()]
     running.wait()
-    encoder = CrossEncoder(model, device=str(running.state.device), trust_remote_code=trust)
-    folder.mkdir(exist_ok=True)
     state = running.state
-    mine = todo[state.process_index :: state.num_processes]
-    for shard in tqdm(mine, desc=f"Rescoring {name}", unit="shard", disable=not running.is_main):
+    encoder = CrossEncoder(model, device=str(state.device), trust_remote_code=trust_remote_code)
+    folder.mkdir(exist_ok=True)
+    share = todo[state.process_index :: state.num_processes]
+    for shard in tqdm(share, desc=f"Rescoring {name}", unit="shard", disable=not running.is_main):
         part = dict(np.load(found[shard]))
-        start = shard * SHARD_TEXTS
-        queries = rows[start : start + SHARD_TEXTS]["query"]
-        owners = [*np.repeat(np.arange(len(queries)), part["documents"].shape[1]), *part["owners"]]
-        texts = documents.texts[np.concatenate([part["documents"].ravel(), part["positives"]]).clip(0)]["text"]
-        scores = encoder.predict(
-            [(queries[owner], text) for owner, text in zip(owners, texts, strict=True)], show_progress_bar=False
-        )
-        split = part["documents"].size
-        part |= {"scores": scores[:split].reshape(part["documents"].shape), "cosines": scores[split:]}
+        numbers = _rows_of(shard, len(part["documents"]))
+        queries = rows[numbers.start : numbers.stop]["query"]
+        own, owners = positives.of(numbers)
+        nearest = part["documents"].clip(0)
+        for number, query in enumerate(queries):
+            texts = documents.texts[np.concatenate([nearest[number], own[owners == number]])]["text"]
+            scores = encoder.predict([(query, text) for text in texts], show_progress_bar=False)
+            part["scores"][number] = scores[: nearest.shape[1]]
+            part["positive_scores"][owners == number] = scores[nearest.shape[1] :]
         _save(paths[shard], **part)
     running.wait()
     return paths
 
 
-def _mined_rows(rows: Dataset, documents: _Corpus, found: Sequence[Path], range_max: int, **rules) -> Iterator[dict]:
+def _mined_rows(
+    rows: Dataset, documents: _Corpus, positives: _Positives, found: Sequence[Path], range_max: int, **rules
+) -> Iterator[dict]:
     for shard, path in enumerate(tqdm(found, desc="Choosing", unit="shard")):
-        start = shard * SHARD_TEXTS
         part = dict(np.load(path))
-        bounds = np.searchsorted(part["owners"], np.arange(len(part["documents"]) + 1))
-        for number in range(len(part["documents"])):
-            row = rows[start + number]
-            own = slice(bounds[number], bounds[number + 1])
-            excluded = {_hash(text) for text in (row["query"], *row["positive"], *row["negative"])}
-            excluded.update(documents.hashes[part["positives"][own]].tolist())
-            candidates = part["documents"][number]
+        numbers = _rows_of(shard, len(part["documents"]))
+        own, owners = positives.of(numbers)
+        bounds = np.searchsorted(owners, range(len(numbers) + 1))
+        columns = rows[numbers.start : numbers.stop]
+        batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        taken = []
+        for number, row in enumerate(batch):
+            mine = slice(bounds[number], bounds[number + 1])
+            nearest = part["documents"][number]
+            hashes = documents.hashes[nearest]
+            excluded = [_hash(text) for text in (row["query"], *row["positive"], *row["negative"])]
+            allowed = (nearest >= 0) & ~np.isin(hashes, [*excluded, *documents.hashes[own[mine]]])
+            allowed &= np.isin(np.arange(len(nearest)), np.unique(hashes, return_index=True)[1])  # each text once
+            options = rules | {"num_negatives": max(rules["num_negatives"] - len(row["negative"]), 0)}
             chosen = choose(
-                candidates,
                 part["scores"][number],
-                [document >= 0 and documents.hashes[document] not in excluded for document in candidates.tolist()],
-                part["cosines"][own],
+                allowed,
+                part["positive_scores"][mine].min(),
                 range_max=range_max,
-                draw=start + number,
-                **rules | {"num_negatives": max(rules["num_negatives"] - len(row["negative"]), 0)},
+                row=numbers[number],
+                **options,
             )
-            taken = documents.texts[chosen] if len(chosen) else {"text": [], "id": []}
-            row["negative"] += taken["text"]
-            if len(row["negative_id"]) + len(taken["text"]) == len(row["negative"]) and None not in taken["id"]:
-                row["negative_id"] += taken["id"]
+            taken.append(nearest[chosen])
+        texts = documents.texts[np.concatenate(taken)]  # at once, since each look-up has its cost
+        ends = np.cumsum([len(chosen) for chosen in taken])
+        for row, chosen, end in zip(batch, taken, ends, strict=True):
+            ids = row["negative_id"] + texts["id"][end - len(chosen) : end]
+            row["negative"] += texts["text"][end - len(chosen) : end]
+            row["negative_id"] = ids if len(ids) == len(row["negative"]) and None not in ids else []
             yield row
 
 
 def choose(
-    documents: np.ndarray,
     scores: np.ndarray,
-    allowed: Sequence[bool],
-    positive_scores: np.ndarray,
+    allowed: np.ndarray,
+    positive_score: float,
     *,
     range_min: int,
     range_max: int,
@@ -299,22 +322,23 @@ def choose(
     absolute_margin: float | None,
     relative_margin: float | None,
     seed: int,
-    draw: int,
-) -> list[int]:
-    """The negatives of one query among its ranked `documents` (k,); see [`mine`]."""
-    window = np.flatnonzero(allowed)[range_min:range_max]
-    limit, lowest = np.inf, positive_scores.min()
+    row: int,
+) -> np.ndarray:
+    """The places of a row's negatives among its candidates (k,), the most similar first; see [`mine`]."""
+    limit = np.inf
     if absolute_margin is not None:
-        limit = min(limit, lowest - absolute_margin)
+        limit = positive_score - absolute_margin
     if relative_margin is not None:
-        limit = min(limit, lowest - abs(lowest) * relative_margin)
-    window = window[scores[window] <= limit]
+        limit = min(limit, positive_score - abs(positive_score) * relative_margin)
+    window = np.flatnonzero(allowed & (scores <= limit))
+    window = window[np.argsort(-scores[window], kind="stable")][range_min:range_max]
     if sampling_strategy == "random":
-        order = np.random.default_rng([seed, draw]).permutation(len(window))
-        window = np.sort(window[order[:num_negatives]])
-    else:
-        window = window[np.argsort(-scores[window], kind="stable")[:num_negatives]]
-    return documents[window].tolist()
+        window = window[np.sort(np.random.default_rng([seed, row]).permutation(len(window))[:num_negatives])]
+    return window[:num_negatives]
+
+
+def _rows_of(shard: int, count: int) -> range:
+    return range(shard * SHARD_TEXTS, shard * SHARD_TEXTS + count)
 
 
 def _save(path: Path, **arrays: np.ndarray):

@@ -21,11 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, List, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
@@ -164,9 +166,11 @@ def step(
     hashes = {str(path): content_hash(path) for path in [*inputs, *others]}
     record = {"step": name, "inputs": hashes, "parameters": parameters}
     folder = output.with_name(f".{output.name}.partial")
-    running = Step(
-        dict(zip(names, sources, strict=True)), folder, num_processes, PartialState() if distributed else None
-    )
+    state = None
+    if distributed:
+        # Without `cpu` processes would not find each other on CPUs. The others wait while the first one searches.
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=1))
+    running = Step(dict(zip(names, sources, strict=True)), folder, num_processes, state)
     with running.main_first():
         if running.is_main:
             check_output(output)
@@ -223,6 +227,16 @@ def read_rows(source: DataSource) -> Dataset:
         desc=f"Checking {source.name}",
     ).remove_columns("row")
     check_ids(rows, source.path)
+    for field in ("positive", "negative"):
+        counts, id_counts = (
+            pc.list_value_length(rows.data.column(column)).to_numpy() for column in (field, f"{field}_id")
+        )
+        wrong = np.flatnonzero((id_counts > 0) & (id_counts != counts))
+        if len(wrong):
+            raise ValueError(
+                f"{source.path}, row {wrong[0]} (from 0) has {counts[wrong[0]]} texts in {field} and "
+                f"{id_counts[wrong[0]]} in {field}_id: give an id for each, or none."
+            )
     return rows
 
 
@@ -238,6 +252,17 @@ def check_ids(rows: Dataset, path: str | Path):
         counts = pc.value_counts(ids)
         worst = counts[int(np.argmax(counts.field("counts")))].as_py()
         raise ValueError(f"{path} has the id {worst['values']!r} {worst['counts']} times: ids must not repeat.")
+
+
+def check_complete(rows: Dataset, name: str):
+    """Raise a `ValueError` that names a row without a query or a positive, which `clean` removes."""
+    lacks = pc.or_(
+        pc.equal(pc.fill_null(pc.utf8_length(rows.data.column("query")), 0), 0),
+        pc.equal(pc.list_value_length(rows.data.column("positive")), 0),
+    )
+    if pc.any(lacks).as_py():
+        row = lacks.index(True).as_py()
+        raise ValueError(f"{name}, row {row} (from 0) lacks a query or a positive: clean the data set first.")
 
 
 def write_rows(dataset: Dataset, path: Path):
