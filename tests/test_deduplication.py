@@ -189,6 +189,15 @@ def test_evaluation_files_are_in_the_manifest(tmp_path):
     assert record["inputs"][str(against)] == hashlib.sha256(against.read_bytes()).hexdigest()
 
 
+def test_where(tmp_path):
+    """Classification files hold all splits, and topics that may be our labels."""
+    against = tmp_path / "eval.tsv"
+    against.write_text(f"split\ttopic\ttext\ntrain\tsea-travel\t{LONG}\ntest\tsea-travel\t{OTHER}\n")
+    rows = [row(LONG, "sea travel"), row(OTHER, "sea travel")]
+    found = run(decontaminate, tmp_path, rows, against=[against], where={"split": "test"})
+    assert found == ([rows[:1]], [{"query in evaluation data": 1}])
+
+
 def test_words_keep_their_marks():
     assert words("Don't हिन्दी, বাংলা; ไทยนี้ 漢字2024かな!") == [
         *("don", "t", "हिन्दी", "বাংলা", "ไ", "ท", "ย", "นี้", "漢", "字", "2024", "か", "な")

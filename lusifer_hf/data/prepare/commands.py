@@ -45,6 +45,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]):
 
     parser = with_processes(step("decontaminate", _decontaminate, "Remove rows that are in evaluation data."))
     parser.add_argument("--against", nargs="+", required=True, metavar="DATA", help="evaluation files or folders")
+    parser.add_argument("--where", type=_pairs, metavar="COLUMN=VALUE,...", help="such as split=test")
     parser.add_argument("--ngram-words", type=int, metavar="N", help="shared words in a row that count; default: 8")
     parser.add_argument("--threshold", type=float, metavar="X", help="similarity of near duplicates; default: 0.8")
 
