@@ -165,6 +165,17 @@ def test_no_false_negatives(tmp_path, tiny_repository):
     assert mined["full"]["negative"] == rows[3]["negative"]
 
 
+def test_rows_without_negatives_go(tmp_path, data, rows, tiny_repository):
+    own = write_json_lines(tmp_path / "own.jsonl", [rows[0] | {"negative": ["Its own one."]}, *rows[1:]])
+    mine([data, own], tmp_path / "out", model=str(tiny_repository), absolute_margin=3.0, **WINDOW)
+    assert not negatives(tmp_path / "out")
+    (left,) = read_json_lines(tmp_path / "out" / "own.jsonl")
+    assert left == rows[0] | {"negative": ["Its own one."]}
+    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())[-1]["data"]
+    assert counts["x"] == {"rows_in": 21, "rows_out": 0, "dropped": {"no negative": 21}}
+    assert counts["own"] == {"rows_in": 21, "rows_out": 1, "dropped": {"no negative": 20}}
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 

@@ -285,17 +285,17 @@ def _mined_rows(
         batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         taken = []
         for number, row in enumerate(batch):
-            mine = slice(bounds[number], bounds[number + 1])
+            of_row = slice(bounds[number], bounds[number + 1])
             nearest = part["documents"][number]
             hashes = documents.hashes[nearest]
             excluded = [_hash(text) for text in (row["query"], *row["positive"], *row["negative"])]
-            allowed = (nearest >= 0) & ~np.isin(hashes, [*excluded, *documents.hashes[own[mine]]])
+            allowed = (nearest >= 0) & ~np.isin(hashes, [*excluded, *documents.hashes[own[of_row]]])
             allowed &= np.isin(np.arange(len(nearest)), np.unique(hashes, return_index=True)[1])  # each text once
             options = rules | {"num_negatives": max(rules["num_negatives"] - len(row["negative"]), 0)}
             chosen = choose(
                 part["scores"][number],
                 allowed,
-                part["positive_scores"][mine].min(),
+                part["positive_scores"][of_row].min(),
                 range_max=range_max,
                 row=numbers[number],
                 **options,
