@@ -110,6 +110,21 @@ def test_as_sentence_transformers(tmp_path, data, rows, sentence_transformer, cr
     assert negatives(tmp_path / "out") == expected
 
 
+def test_prompts(sentence_transformer, tiny_repository):
+    model = SentenceTransformer(sentence_transformer, device="cpu")
+    given = embedding.load_encoders(sentence_transformer, "Which? ", "Text: ")
+    for encode, prompt in zip(
+        [*embedding.load_encoders(sentence_transformer), *given],
+        ["question: ", "passage: ", "Which? ", "Text: "],
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            encode(["bread"])[0], model.encode(prompt + "bread", normalize_embeddings=True), atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"document_prompt='Text: '.*its own template"):
+        embedding.load_encoders(str(tiny_repository), "Find:", "Text: ")
+
+
 def test_negatives_are_drawn_from_the_window(tmp_path, data, rows, tiny_repository):
     model = LusiferModel.from_pretrained(tiny_repository)
     options = {"instruction": "Find:", "normalize": True, "show_progress_bar": False}

@@ -47,7 +47,7 @@ def cluster(
     parameters |= {"min_cluster_size": min_cluster_size, "seed": seed}
     others = [model] if Path(model).exists() else []
     with step("cluster", inputs, output, parameters, others=others, distributed=True) as running:
-        encode_query, _ = load_encoders(model, instruction, trust_remote_code)
+        encode_query, _ = load_encoders(model, instruction, trust_remote_code=trust_remote_code)
         data = {name: running.read(name) for name in running.inputs}
         for name, rows in data.items():
             check_complete(rows, name)

@@ -51,6 +51,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]):
 
     parser = step("mine", _mine, "Add hard negatives. Also with accelerate launch, on several GPUs.")
     add_model(parser)
+    parser.add_argument("--document-prompt", metavar="TEXT", help="such as 'passage: ', for other models than ours")
     parser.add_argument("--corpus", nargs="+", metavar="FILE", help="as BEIR's corpus.jsonl; default: all positives")
     parser.add_argument("--range-min", type=int, metavar="N", help="first rank to take from; default: 30")
     parser.add_argument("--range-max", type=int, metavar="N", help="rank to stop at; default: 128")

@@ -21,7 +21,7 @@ Encode = Callable[[list[str]], np.ndarray]
 
 
 def load_encoders(
-    model: str, instruction: str | None = None, trust_remote_code: bool = False
+    model: str, instruction: str | None = None, document_prompt: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Encode, Encode]:
     """
     How a model embeds queries and documents, on this process's device.
@@ -29,7 +29,8 @@ def load_encoders(
     Args:
         model (`str`): Hub id or folder of a LUSIFER model, or of any model for sentence-transformers.
         instruction (`str`, *optional*):
-            What the embeddings are for. For other models the prompt of queries, instead of their own.
+            What the embeddings are for. For other models the prompt of queries, instead of their own: "query: " of E5.
+        document_prompt (`str`, *optional*): For other models that of documents: "passage: " of E5.
         trust_remote_code (`bool`, *optional*, defaults to `False`): For other models.
 
     Returns:
@@ -37,13 +38,16 @@ def load_encoders(
     """
     device = PartialState().device
     if PretrainedConfig.get_config_dict(model)[0].get("model_type") == "lusifer":
+        if document_prompt is not None:
+            raise ValueError(f"document_prompt={document_prompt!r}: {model} has its own template for documents.")
         loaded = LusiferModel.from_pretrained(model).to(device)
         options = {"instruction": instruction, "normalize": True, "show_progress_bar": False}
         document_options = options
     else:
         loaded = SentenceTransformer(model, device=str(device), trust_remote_code=trust_remote_code)
-        document_options = {"normalize_embeddings": True, "show_progress_bar": False}
-        options = document_options | ({} if instruction is None else {"prompt": instruction})
+        shared = {"normalize_embeddings": True, "show_progress_bar": False}
+        options = shared | ({} if instruction is None else {"prompt": instruction})
+        document_options = shared | ({} if document_prompt is None else {"prompt": document_prompt})
     return (
         lambda texts: np.asarray(loaded.encode_query(texts, **options), dtype=np.float32),
         lambda texts: np.asarray(loaded.encode_document(texts, **document_options), dtype=np.float32),

@@ -42,6 +42,7 @@ def mine(
     model: str,
     corpus: Sequence[str | Path] = (),
     instruction: str | None = None,
+    document_prompt: str | None = None,
     range_min: int = 30,
     range_max: int = 128,
     num_negatives: int = 32,
@@ -62,7 +63,7 @@ def mine(
     Args:
         inputs (sequence of `str`): Data sets, see [`~data.prepare.steps.step`].
         output (`str`): The folder to write.
-        model, instruction, trust_remote_code: As in [`~data.prepare.embedding.load_encoders`].
+        model, instruction, document_prompt, trust_remote_code: As in [`~data.prepare.embedding.load_encoders`].
         corpus (sequence of `str`, *optional*):
             `.jsonl` files with `_id`, `text` and optionally `title`, as BEIR's. By default each data set's own
             positives.
@@ -93,10 +94,11 @@ def mine(
         raise ValueError(f"sampling_strategy={sampling_strategy!r} is not one of 'top', 'random'.")
     rules = {"absolute_margin": absolute_margin, "relative_margin": relative_margin, "num_negatives": num_negatives}
     rules |= {"range_min": range_min, "sampling_strategy": sampling_strategy, "seed": seed}
-    parameters = {"model": model, "instruction": instruction, "cross_encoder": cross_encoder, "range_max": range_max}
+    parameters = {"model": model, "instruction": instruction, "document_prompt": document_prompt}
+    parameters |= {"cross_encoder": cross_encoder, "range_max": range_max}
     models = [path for path in (model, cross_encoder) if path is not None and Path(path).exists()]
     with step("mine", inputs, output, parameters | rules, others=[*corpus, *models], distributed=True) as running:
-        encode_query, encode_document = load_encoders(model, instruction, trust_remote_code)
+        encode_query, encode_document = load_encoders(model, instruction, document_prompt, trust_remote_code)
         shared = _Corpus(running, lambda path: _read_corpora(corpus, path), "corpus") if corpus else None
         work = {}
         for name in running.inputs:  # all of them first: what is wrong shows before the long work
