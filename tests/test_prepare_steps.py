@@ -19,6 +19,7 @@ import pytest
 from conftest import read_json_lines, write_json_lines
 from datasets import Dataset
 
+from lusifer_hf import __version__
 from lusifer_hf.cli import main
 from lusifer_hf.data.mixture import DataSource, load_mixture
 from lusifer_hf.data.prepare import cleaning, steps
@@ -80,7 +81,7 @@ def test_manifest_follows_the_data(tmp_path):
     assert first["data"] == {"a": counts, "b": counts}
     assert second["data"]["a"] == {"rows_in": 20, "rows_out": 20, "dropped": {}}
     assert second["data"]["b"] == {"rows_in": 20, "rows_out": 0, "dropped": {"duplicate": 20}}
-    assert 0 <= first["seconds"] < 60
+    assert first["version"] == __version__ and 0 <= first["seconds"] < 60
 
 
 class Killed(BaseException):

@@ -33,6 +33,7 @@ from datasets import Dataset, Features, List, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
+from ... import __version__
 from ..mixture import FEATURES, FIELDS, FORMATS, DataSource, RowReader, open_source
 
 
@@ -164,7 +165,7 @@ def step(
             raise ValueError(f"Two inputs have the name {name_!r}, and would be written to one file: rename one.")
     start = time.time()
     hashes = {str(path): content_hash(path) for path in [*inputs, *others]}
-    record = {"step": name, "inputs": hashes, "parameters": parameters}
+    record = {"step": name, "version": __version__, "inputs": hashes, "parameters": parameters}
     folder = output.with_name(f".{output.name}.partial")
     state = None
     if distributed:
