@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
+from .data.prepare.commands import add_commands as add_prepare_steps
 
+
+PREPARE = "Make training data: import, clean, deduplicate, decontaminate, mine negatives, cluster, sample."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -192,11 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lusifer-hf", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, handler, description: str) -> argparse.ArgumentParser:
+    def command(name: str, handler, description: str, among=commands) -> argparse.ArgumentParser:
         # An option that is not given is not passed on, so that defaults are written in one place.
-        added = commands.add_parser(
-            name, help=description, description=description, argument_default=argparse.SUPPRESS
-        )
+        added = among.add_parser(name, help=description, description=description, argument_default=argparse.SUPPRESS)
         added.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         added.set_defaults(handler=handler)
         return added
@@ -240,6 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--device", default=None, help="default: the accelerator, if there is one")
     encode.add_argument("--attn-implementation", metavar="NAME", default=None)
     encode.add_argument("--compile-layers", action="store_true", default=False, help="faster long runs on a GPU")
+
+    prepare = commands.add_parser("prepare", help=PREPARE, description=PREPARE)
+    prepare_steps = prepare.add_subparsers(required=True, metavar="STEP")
+    add_prepare_steps(partial(command, among=prepare_steps))
 
     evaluate = command("evaluate", _evaluate, "Evaluate a model with mteb. The same command goes on where it stopped.")
     evaluate.add_argument("--model", required=True, metavar="ID", help="Hub id or folder")

@@ -6,9 +6,11 @@ has nearly the same one, and a comparison to 1e-5 proves nothing. Here they are 
 """
 
 import gzip
+import json
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTextEncoding
@@ -231,3 +233,24 @@ def read_lines(path: Path, count: int) -> list[str]:
     """The first lines of a gzipped text file."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [line.rstrip("\n") for line, _ in zip(file, range(count), strict=False)]
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of `datasets` of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> Path:
+    """One object a line, also with `.gz`; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """What `write_json_lines` wrote."""
+    content = path.read_bytes()
+    content = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in content.decode().split("\n") if line]

@@ -151,8 +151,8 @@ def test_second_run_reads_the_cache_until_the_file_changes(tmp_path, monkeypatch
     path = write(tmp_path / "x.jsonl", ROWS)
     load_mixture([DataSource(path)], "representation")
     reads = []
-    read = mixture_module._Reader.read
-    monkeypatch.setattr(mixture_module._Reader, "read", lambda *args: reads.append(args) or read(*args))
+    read = mixture_module.RowReader.read
+    monkeypatch.setattr(mixture_module.RowReader, "read", lambda *args: reads.append(args) or read(*args))
     # What does not concern the rows is no reason to read them again.
     assert load_mixture([DataSource(path, weight=2.0, name="y", instruction="z")], "representation").sizes == [20]
     assert not reads

@@ -31,13 +31,20 @@ JSON_FORMATS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # one object a line
 FORMATS = (*JSON_FORMATS, ".parquet")
 FEATURES = {
     "row": Value("int64"),  # the row's number in its file or split
+    "id": Value("string"),
     "query": Value("string"),
     "positive": List(Value("string")),
+    "positive_id": List(Value("string")),
     "negative": List(Value("string")),
+    "negative_id": List(Value("string")),
     "answer": Value("string"),
     "cluster": Value("int64"),
 }
-FIELDS = {"alignment": ("query", "positive", "answer"), "representation": ("query", "positive", "negative", "cluster")}
+FIELDS = {
+    "alignment": ("query", "positive", "answer"),
+    "representation": ("query", "positive", "negative", "cluster"),
+    "preparation": ("id", "query", "positive", "positive_id", "negative", "negative_id", "cluster"),
+}
 
 
 @dataclass
@@ -175,7 +182,7 @@ def load_mixture(sources: Sequence[DataSource], stage: Stage, seed: int = 0) -> 
     check_sources(sources, stage)
     datasets = []
     for source in sources:
-        dataset = _open(source, streaming=False)
+        dataset = open_source(source, streaming=False)
         if len(dataset) == 0:
             raise ValueError(f"The data set {source.path} holds no rows.")
         rows = None
@@ -183,7 +190,7 @@ def load_mixture(sources: Sequence[DataSource], stage: Stage, seed: int = 0) -> 
             rows = np.sort(np.random.default_rng(seed).choice(len(dataset), source.max_samples, replace=False))
             dataset = dataset.select(rows)
         dataset = dataset.map(
-            _Reader(source, stage, rows),
+            RowReader(source, stage, rows),
             with_indices=True,
             batched=True,
             remove_columns=dataset.column_names,
@@ -223,7 +230,7 @@ class MixtureStream(torch.utils.data.IterableDataset):
         self.sources = list(sources)
         self.batch_size, self.num_processes, self.process_index = batch_size, num_processes, process_index
         self.seed, self.buffer_size = seed, buffer_size
-        self._datasets = [_open(source, streaming=True) for source in sources]
+        self._datasets = [open_source(source, streaming=True) for source in sources]
         for dataset in range(len(sources)):
             if next(self._rows(dataset), None) is None:  # also finds a wrong column before training
                 raise ValueError(f"The data set {sources[dataset].path} holds no rows.")
@@ -262,23 +269,24 @@ class MixtureStream(torch.utils.data.IterableDataset):
             yield {"dataset": dataset, "epoch": epochs[dataset], **row}
 
     def _rows(self, dataset: int) -> Iterator[dict]:
-        reader = _Reader(self.sources[dataset], "alignment")
+        reader = RowReader(self.sources[dataset], "alignment")
         records = islice(self._datasets[dataset], self.sources[dataset].max_samples)
         return (reader.read(record, number) for number, record in enumerate(records))
 
 
-class _Reader:
+class RowReader:
     """Brings the rows of a source into the form of a stage; its errors name the row and the field."""
 
-    def __init__(self, source: DataSource, stage: Stage, rows: np.ndarray | None = None):
+    def __init__(self, source: DataSource, stage: Stage | Literal["preparation"], rows: np.ndarray | None = None):
         # Nothing else of the source: `datasets` would check all rows again when its weight changes.
         self.path, self.fields, self.rows = source.path, FIELDS[stage], rows
         self.columns = {field: field for field in self.fields} | (source.columns or {})
         self.needed = ["query"]
-        if stage == "representation" or source.task != "reconstruction":
+        if stage != "alignment" or source.task != "reconstruction":
             self.needed.append("positive")
         if stage == "representation" and not source.in_batch_negatives:
             self.needed.append("negative")
+        self.takes_empty = stage == "preparation"  # which cleaning removes
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         """A batch of `Dataset.map`."""
@@ -307,7 +315,7 @@ class _Reader:
                     f"name the right one in the data set's `columns: {{{field}: ...}}`."
                 )
             texts = [value] if isinstance(value, str) else value
-            if not texts or not all(text.strip() for text in texts):
+            if not self.takes_empty and (not texts or not all(text.strip() for text in texts)):
                 reason = " (in_batch_negatives is false)" if field == "negative" else ""
                 raise ValueError(
                     f'{place}, field "{column}" is {reprlib.repr(value)}: every row needs a text there{reason}. '
@@ -320,7 +328,7 @@ def _value(field: str, value, name: str) -> str | list[str] | int | None:
     if field == "cluster":
         if value is not None and type(value) is not int:
             raise TypeError(f"{name} is {reprlib.repr(value)}, not an integer.")
-    elif field in ("positive", "negative"):
+    elif isinstance(FEATURES[field], List):
         value = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(value, list):
             raise TypeError(f"{name} is {reprlib.repr(value)}, not a list of strings.")
@@ -341,7 +349,7 @@ def parse_json_line(line: str, name: str) -> dict:
     return record
 
 
-def _open(source: DataSource, streaming: bool) -> Dataset | IterableDataset:
+def open_source(source: DataSource, streaming: bool) -> Dataset | IterableDataset:
     """The rows as they are; of JSON files the lines."""
     path = Path(source.path).expanduser()
     # The id of a data set on the Hub has one "/" at most.
