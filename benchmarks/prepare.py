@@ -1,10 +1,11 @@
 """
-Time and peak memory of the data preparation that needs no model: a million rows of real sentences.
+Time and peak memory of data preparation: a million rows of real sentences.
 
 Query and positive are runs of sentences of `shared/data/raw` (LUSIFER_SHARED names another folder than the `shared`
 beside the repository); their number of words has a log-normal distribution. Words are replaced at random, so that no
 two rows are alike but by intent: 3 in 100 rows copy an earlier row, 3 copy one with a word in thirty replaced, 2 have
-no text, and 1 has an evaluation query. Every step runs in a process of its own. Two sizes show how cost grows.
+no text, and 1 has an evaluation query. Every step runs in a process of its own. Two sizes show how cost grows. The
+model of mine and cluster is a table of random vectors of tokens: what embedding costs is the model's matter.
 
     python benchmarks/prepare.py                                # 250,000 and 1,000,000 rows
     python benchmarks/prepare.py --rows 20000 --num-processes 2
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 
@@ -69,21 +71,40 @@ def make_rows(rows: int, seed: int) -> Iterator[tuple[str, dict]]:
         yield kind, {"query": " ".join(query), "positive": " ".join(positive)}
 
 
-def run_step(name: str, source: str, output: str, num_processes: int) -> dict:
+def write_model(folder: Path, rows: list[dict]):
+    """A model for sentence-transformers that embeds a million texts in a minute."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+
+    from lusifer_hf.quickstart import unigram_tokenizer
+
+    tokenizer = unigram_tokenizer([row["positive"] for row in rows], 8_000)
+    torch.manual_seed(0)
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=128)], device="cpu").save(str(folder))
+
+
+def run_step(name: str, source: str, output: str, num_processes: int, model: str) -> dict:
     """One step in this process."""
     from lusifer_hf.data.prepare.cleaning import clean
+    from lusifer_hf.data.prepare.clustering import cluster
     from lusifer_hf.data.prepare.decontamination import decontaminate
     from lusifer_hf.data.prepare.deduplication import deduplicate
     from lusifer_hf.data.prepare.importing import import_data
+    from lusifer_hf.data.prepare.mining import mine
 
     step, options = {
         "import": (import_data, {"kind": "pairs"}),
         "clean": (clean, {}),
         "dedup": (deduplicate, {}),
         "decontaminate": (decontaminate, {"against": [str(EVALUATION)]}),
+        "mine": (mine, {"model": model, "num_negatives": 4}),
+        "cluster": (cluster, {"model": model, "iterations": 20}),
     }[name]
+    if name not in ("mine", "cluster"):
+        options["num_processes"] = num_processes
     start = time.perf_counter()
-    step([source], output, num_processes=num_processes, **options)
+    step([source], output, **options)
     return {"seconds": time.perf_counter() - start, "bytes": peak_memory()}
 
 
@@ -103,7 +124,9 @@ def apart(**options) -> dict:
 
 def measure(rows: int, num_processes: int, scratch: Path):
     planted = dict.fromkeys(KINDS, 0)
-    source = scratch / "raw.jsonl"
+    source, model = scratch / "raw.jsonl", scratch / "model"
+    few = [row for _, row in islice(make_rows(rows, seed=1), 5000)]
+    write_model(model, few)
     with open(source, "w", encoding="utf-8") as file:
         for kind, row in make_rows(rows, seed=0):
             planted[kind] += 1
@@ -111,8 +134,9 @@ def measure(rows: int, num_processes: int, scratch: Path):
     print(f"\n{rows:,} rows, {source.stat().st_size / 2**20:,.0f} MiB, of them {planted}\n")
     print("| step | s | rows/s | peak MiB | rows out | dropped |")
     print("|---|---|---|---|---|---|")
-    for name in ("import", "clean", "dedup", "decontaminate"):
-        taken = apart(name=name, source=str(source), output=str(scratch / name), num_processes=num_processes)
+    for name in ("import", "clean", "dedup", "decontaminate", "mine", "cluster"):
+        paths = {"source": str(source), "output": str(scratch / name), "model": str(model)}
+        taken = apart(name=name, num_processes=num_processes, **paths)
         (entry,) = json.loads((scratch / name / "manifest.json").read_text(encoding="utf-8"))[-1]["data"].values()
         (source,) = (path for path in (scratch / name).iterdir() if path.name != "manifest.json")
         print(

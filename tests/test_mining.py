@@ -240,8 +240,9 @@ data, output, model = sys.argv[1:]
 embedding.SHARD_TEXTS = mining.SHARD_TEXTS = 8
 embedded = []
 
-def load(*args):
-    return [lambda texts, e=e: (embedded.append(len(texts)), e(texts))[1] for e in embedding.load_encoders(*args)]
+def load(*args, **kwargs):
+    encoders = embedding.load_encoders(*args, **kwargs)
+    return [lambda texts, encode=encode: (embedded.append(len(texts)), encode(texts))[1] for encode in encoders]
 
 mining.load_encoders = clustering.load_encoders = load
 mining.mine([data], f"{output}/mined", model=model, range_min=2, range_max=9, num_negatives=4)
