@@ -452,6 +452,7 @@ def report_with_mteb(runner: Runner, alignment_attention: str):
     trained = contenders(runner.work, alignment_attention)[f"{alignment_attention}/{STEPS[-1]}"]
     command = [sys.executable, "-m", "lusifer_hf.cli", "evaluate", "--model", str(trained), "--local", str(EVAL)]
     command += ["--baseline", str(runner.work / "composed"), str(baseline), "--output", str(output)]
+    command += ["--max-length", str(EVAL_LENGTH)]
     runner.run("report", command, output / "report" / "report.md")
 
 
