@@ -231,8 +231,14 @@ def build_index(paths: Sequence[Path]):
         index = faiss.index_factory(size, f"IVF{lists}_HNSW32,SQfp16", faiss.METRIC_INNER_PRODUCT)
         index.cp.niter = 10
         index.nprobe = PROBED_LISTS
+        # k-means that compares every vector with every centroid would grow with the square of the corpus.
+        nearest_centroids = faiss.IndexHNSWFlat(size, 32, faiss.METRIC_INNER_PRODUCT)
+        index.clustering_index = nearest_centroids
         learned = np.sort(np.random.default_rng(0).permutation(count)[: 40 * lists])
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # a graph that several threads build is another one every time
         index.train(take_rows(paths, learned))
+        faiss.omp_set_num_threads(threads)
     for path in tqdm(paths, desc="Indexing", unit="shard", disable=len(paths) < 2):
         index.add(np.load(path))
     return index
