@@ -10,7 +10,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from .data.prepare.commands import add_commands as add_prepare_steps
+from .cli_prepare import add_commands as add_prepare_steps
 
 
 PREPARE = "Make training data: import, clean, deduplicate, decontaminate, mine negatives, cluster, sample."

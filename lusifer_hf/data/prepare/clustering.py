@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import faiss
 import numpy as np
 
 from .embedding import embed_shards, load_encoders, take_rows
@@ -65,8 +66,6 @@ def cluster_embeddings(
     paths: Sequence[Path], rows: int, clusters: int, iterations: int, min_cluster_size: int, seed: int
 ) -> np.ndarray:
     """The cluster of every embedding (N,), numbered from 0; each has at least `min_cluster_size` rows or all."""
-    import faiss
-
     count = max(1, min(clusters, rows // min_cluster_size))
     learned = np.sort(np.random.default_rng(seed).permutation(rows)[: 256 * count])
     sample = take_rows(paths, learned)

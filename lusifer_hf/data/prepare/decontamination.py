@@ -8,6 +8,7 @@ from pathlib import Path
 
 import regex
 from datasets import Features, Value
+from rensa import RMinHash, RMinHashLSH
 
 from ..mixture import JSON_FORMATS, parse_json_line
 from .deduplication import NUM_HASHES, SPACELESS, band_rows, check_threshold, ngrams, words, words_hash
@@ -188,11 +189,7 @@ class _Similar:
     """Texts that are similar to one that was added."""
 
     def __init__(self, threshold: float):
-        try:
-            from rensa import RMinHash, RMinHashLSH
-        except ImportError as error:
-            raise ImportError('Near duplicates need rensa: pip install "lusifer-hf[prepare]"') from error
-        self.threshold, self.minhash, self.added = threshold, RMinHash, []
+        self.threshold, self.added = threshold, []
         self.lsh = RMinHashLSH(threshold, NUM_HASHES, NUM_HASHES // band_rows(threshold))
 
     def add(self, text_words: list[str]):
@@ -205,6 +202,6 @@ class _Similar:
         return any(minhash.jaccard(self.added[key]) >= self.threshold for key in self.lsh.query(minhash))
 
     def _minhash(self, text_words: list[str]):
-        minhash = self.minhash(NUM_HASHES, 42)
+        minhash = RMinHash(NUM_HASHES, 42)
         minhash.update(ngrams(text_words))
         return minhash

@@ -17,6 +17,7 @@ import numpy as np
 import regex
 import xxhash
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from rensa import RMinHash
 from tqdm.auto import tqdm
 
 from .steps import column_values, step
@@ -106,10 +107,6 @@ def ngrams(text_words: list[str]) -> set[str]:
 
 def signatures(ngram_sets: list[set[str]]) -> np.ndarray:
     """The MinHash signatures of sets (N, `NUM_HASHES`)."""
-    try:
-        from rensa import RMinHash
-    except ImportError as error:
-        raise ImportError('Near duplicates need rensa: pip install "lusifer-hf[prepare]"') from error
     rows = RMinHash.digest_matrix_from_token_sets(ngram_sets, NUM_HASHES, seed=42).to_rows()
     return np.array(rows, dtype=np.uint32)
 

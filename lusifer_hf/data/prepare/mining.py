@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+import faiss
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, concatenate_datasets
@@ -219,8 +220,6 @@ def _search(
 
 def build_index(paths: Sequence[Path]):
     """A faiss index of embeddings (N, D) by inner product: exact for a small corpus, else by nearest lists."""
-    import faiss
-
     shapes = [np.load(path, mmap_mode="r").shape for path in paths]
     count, size = sum(rows for rows, _ in shapes), shapes[0][1]
     if count <= EXACT_DOCUMENTS:

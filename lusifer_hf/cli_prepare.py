@@ -1,4 +1,4 @@
-"""The sub-commands of `lusifer-hf prepare`."""
+"""The sub-commands of `lusifer-hf prepare`; `lusifer_hf.data.prepare` itself needs the extra of that name."""
 
 import argparse
 from collections.abc import Callable
@@ -86,48 +86,48 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _import(**options):
-    from .importing import import_data
+    from .data.prepare.importing import import_data
 
     import_data(**options)
 
 
 def _clean(**options):
-    from .cleaning import clean
+    from .data.prepare.cleaning import clean
 
     clean(**options)
 
 
 def _dedup(**options):
-    from .deduplication import deduplicate
+    from .data.prepare.deduplication import deduplicate
 
     deduplicate(**options)
 
 
 def _decontaminate(**options):
-    from .decontamination import decontaminate
+    from .data.prepare.decontamination import decontaminate
 
     decontaminate(**options)
 
 
 def _mine(**options):
-    from .mining import mine
+    from .data.prepare.mining import mine
 
     mine(**options)
 
 
 def _cluster(**options):
-    from .clustering import cluster
+    from .data.prepare.clustering import cluster
 
     cluster(**options)
 
 
 def _sample(**options):
-    from .sampling import sample
+    from .data.prepare.sampling import sample
 
     sample(**options)
 
 
 def _stats(**options):
-    from .stats import describe
+    from .data.prepare.stats import describe
 
     print(describe(**options))
