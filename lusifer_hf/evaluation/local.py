@@ -34,7 +34,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.languages.iso_mappings import _hf_lang_to_iso_lang_script
 
 from ..encoding_lusifer import check_texts
-from ..training.evaluation import _read_lines, _read_tsv, read_retrieval
+from ..training.evaluation import read_lines, read_retrieval, read_tsv
 
 
 class _LocalTask(AbsTask):
@@ -85,7 +85,7 @@ class LocalReranking(_LocalTask, AbsTaskRetrieval):
     def read(self, path: Path) -> dict[str, RetrievalSplitData]:
         queries, relevance, candidates = {}, {}, {}
         documents: dict[str, str] = {}  # text to id, since a text is often a candidate of many queries
-        for line, content in _read_lines(path):
+        for line, content in read_lines(path):
             place = f"{path}, line {line}"
             try:
                 row = json.loads(content)
@@ -114,7 +114,7 @@ class LocalClassification(_LocalTask, AbsTaskClassification):
 
     def read(self, path: Path) -> DatasetDict:
         rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-        for _, (split, label, text) in _read_tsv(path, "split", "label", "text"):
+        for _, (split, label, text) in read_tsv(path, "split", "label", "text"):
             if split in rows:  # a validation split is not used
                 rows[split].append((label, text))
         for split, found in rows.items():
@@ -236,11 +236,11 @@ def _retrieval_data(documents, queries, relevance, candidates) -> dict[str, Retr
 
 
 def _header(path: Path) -> list[str]:
-    return next(_read_lines(path), (1, ""))[1].split("\t")
+    return next(read_lines(path), (1, ""))[1].split("\t")
 
 
 def _columns(path: Path, *names: str) -> list[list[str]]:
-    rows = [cells for _, cells in _read_tsv(path, *names)]
+    rows = [cells for _, cells in read_tsv(path, *names)]
     if len(rows) < 2:
         raise ValueError(f"{path} has {len(rows)} rows: at least 2 are needed.")
     return [list(column) for column in zip(*rows, strict=True)]

@@ -204,7 +204,7 @@ def read_retrieval(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[s
     queries = dict(_read_texts(folder / "queries.jsonl"))
     relevance: dict[str, dict[str, int]] = defaultdict(dict)
     path = folder / "qrels.tsv"
-    for line, (query, document, score) in _read_tsv(path, "query-id", "corpus-id", "score"):
+    for line, (query, document, score) in read_tsv(path, "query-id", "corpus-id", "score"):
         for identifier, texts, file in ((query, queries, "queries.jsonl"), (document, documents, "corpus.jsonl")):
             if identifier not in texts:
                 raise ValueError(f"{path}, line {line}: {file} has no row with the _id {identifier!r}.")
@@ -239,7 +239,7 @@ def _load_retrieval(folder: Path, max_samples: int | None):
 def _read_texts(path: Path) -> Iterator[tuple[str, str]]:
     """The id and the text of each row, the title before it."""
     seen = set()
-    for line, content in _read_lines(path):
+    for line, content in read_lines(path):
         place = f"{path}, line {line}"
         try:
             row = json.loads(content)
@@ -277,7 +277,7 @@ def _retrieval_scores(
 
 
 def _load_bitext(path: Path, max_samples: int | None):
-    pairs = _sample([cells for _, cells in _read_tsv(path, "src", "eng")], max_samples)
+    pairs = _sample([cells for _, cells in read_tsv(path, "src", "eng")], max_samples)
     if len(pairs) < 2:
         raise ValueError(f"{path} has {len(pairs)} row: finding the other half of a pair needs at least 2.")
     source, english = map(list, zip(*pairs, strict=True))
@@ -303,7 +303,7 @@ def _bitext_scores(source: torch.Tensor, english: torch.Tensor) -> dict[str, flo
 
 def _load_classification(path: Path, max_samples: int | None):
     splits: dict[str, list] = {"train": [], "test": []}
-    for _, (split, label, text) in _read_tsv(path, "split", "label", "text"):
+    for _, (split, label, text) in read_tsv(path, "split", "label", "text"):
         if split in splits:  # a validation split is not used
             splits[split].append((label, text))
     for split, rows in splits.items():
@@ -382,9 +382,9 @@ def _sample(items: list, count: int | None) -> list:
     return items if count is None else random.Random(SEED).sample(items, min(count, len(items)))
 
 
-def _read_tsv(path: Path, *columns: str) -> Iterator[tuple[int, list[str]]]:
+def read_tsv(path: Path, *columns: str) -> Iterator[tuple[int, list[str]]]:
     """The line number and the cells of `columns`, in that order, of every row after the header."""
-    lines = _read_lines(path)
+    lines = read_lines(path)
     number, content = next(lines, (1, ""))
     header = content.split("\t")
     missing = [column for column in columns if column not in header]
@@ -399,7 +399,7 @@ def _read_tsv(path: Path, *columns: str) -> Iterator[tuple[int, list[str]]]:
         yield line, [cells[place] for place in places]
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not empty, with their numbers from 1."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
