@@ -143,6 +143,7 @@ def run(
                         encoder = load_encoder(source, devices=devices, **options)
                         if cache:
                             encoder = CachedEmbeddingWrapper(encoder, output / "embeddings" / folder)
+                    _remove_damaged(output / "predictions" / folder / f"{task.metadata.name}_predictions.json")
                     try:
                         with warnings.catch_warnings():
                             # mteb logs its own; sklearn's are of classifiers that mteb stops early by definition.
@@ -291,6 +292,16 @@ def _fingerprint(folder: Path) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def _remove_damaged(predictions: Path):
+    """mteb adds to a task's predictions in place: a run killed meanwhile leaves what no later one can read."""
+    if predictions.exists():
+        try:
+            json.loads(predictions.read_text(encoding="utf-8"))
+        except ValueError:
+            logger.warning(f"Removing {predictions}, which a run that was killed left unfinished.")
+            predictions.unlink()
 
 
 def _note_other_revisions(folder: Path):
