@@ -222,6 +222,10 @@ def pretrain_llm(folder: str):
 # Short, since a tiny model takes long to learn to look past what all texts share.
 QUESTION, MEDICAL, ENTAILED, BANKING, ASSISTANT = "Answer:", "Medical answer:", "Entailed:", "Banking:", "Intent:"
 TOPIC, SIMILAR = "Topic:", "Similar:"
+# By mteb's names: the model carries those that it is trained with.
+INSTRUCTIONS = dict.fromkeys(("Classification", "Clustering"), TOPIC) | dict.fromkeys(("BitextMining", "STS"), SIMILAR)
+INSTRUCTIONS |= {"banking77-classification": BANKING, "clinc150-classification": ASSISTANT}
+INSTRUCTIONS |= {f"{kind}-{side}": QUESTION for kind in ("Retrieval", "Reranking") for side in ("query", "document")}
 
 STEPS = ("1_reconstruction", "2_reconstruction_completion", "3_retrieval", "4_all")
 
@@ -356,7 +360,8 @@ def compose_tiny(work: str):
     work = Path(work)
     backbones = [str(work / "backbones" / name) for name in ("encoder", "llm")]
     # Fresh weights so large that states keep their size: what a tiny LLM adds would drown smaller ones.
-    compose(*backbones, work / "composed", seed=0, num_added_tokens=0, initializer_range=0.07)
+    fields = {"num_added_tokens": 0, "initializer_range": 0.07, "instructions": INSTRUCTIONS}
+    compose(*backbones, work / "composed", seed=0, **fields)
 
 
 CALL = """
