@@ -189,6 +189,10 @@ def test_intervals_say_what_was_resampled(tmp_path):
     assert 35 < low < 45 and 55 < high < 65  # 1.96 standard errors of 5 points
     assert table[2][4] == "100 examples of 1 task"
 
+    # Beside a model whose examples are not known, tasks are resampled for both.
+    report = write_report({"mine": results, "other": results}, KINDS, tmp_path, examples={"mine": examples})
+    assert {row[4] for row in tables(report)[3][1:]} == {"nothing: too few (1 task)", "nothing: too few (2 tasks)"}
+
 
 def test_comparison_table():
     first, second = ([result(f"t{i}", {"eng": score, "urd": 0.5})] for i, score in ((0, 0.9), (0, 0.4)))

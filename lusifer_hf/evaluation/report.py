@@ -61,7 +61,8 @@ def write_report(
             The benchmark that the tasks are of. With `"LUSIFER(multilingual)"` or `"LUSIFER(cross-lingual)"` the
             published figures stand beside the models; the latter is reported by task, as in the paper.
         examples (mapping, *optional*):
-            For each model's name what [`load_examples`] returned. Without it, intervals are over tasks.
+            For each model's name what [`load_examples`] returned. Intervals are over tasks where it is not known of
+            all models.
 
     Returns:
         `Path`: `report.md`.
@@ -85,7 +86,12 @@ def write_report(
     if by == "task":
         table = table[_ordered(table, [f"{name}{new}" for name in _figures(benchmark) for new in ("", NEWER)])]
     published = _published(benchmark, table)
-    intervals = {model: _intervals(shared, model, by, (examples or {}).get(model, {})) for model in results}
+    of_models = [(examples or {}).get(model, {}) for model in results]
+    known_of_all = set.intersection(*map(set, of_models))  # so that intervals side by side are of the same kind
+    intervals = {
+        model: _intervals(shared, model, by, {key: found[key] for key in known_of_all})
+        for model, found in zip(results, of_models, strict=True)
+    }
 
     (folder / "model-index").mkdir(parents=True, exist_ok=True)
     scores.to_csv(folder / "scores.csv", index=False, float_format="%.4f", lineterminator="\n")
