@@ -85,3 +85,5 @@ def test_stats_count_what_is_there(tmp_path):
     with pytest.raises(FileExistsError, match="stats"):
         describe([path], tmp_path / "stats")
     assert describe([path]) == text
+    with pytest.raises(ValueError, match="Two inputs have the name 'x'"):
+        describe([path, write_json_lines(tmp_path / "y" / "x.jsonl", rows)])

@@ -9,9 +9,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ...publishing import new_folder
-from ..mixture import DataSource
 from .deduplication import words, words_hash
-from .steps import SHARD_ROWS, read_rows
+from .steps import SHARD_ROWS, check_output, named_sources, read_rows
 
 
 QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
@@ -28,8 +27,9 @@ def describe(inputs: Sequence[str | Path], output: str | Path | None = None) -> 
     Returns:
         `str`: Markdown tables of rows, lengths (in characters) and clusters.
     """
-    sources = [DataSource(str(path)) for path in inputs]
-    found = {source.name: _describe(read_rows(source), source.name) for source in sources}
+    if output is not None:
+        check_output(Path(output))
+    found = {name: _describe(read_rows(source), name) for name, source in named_sources(inputs).items()}
     text = _markdown(found)
     if output is not None:
         with new_folder(output) as folder:

@@ -158,11 +158,7 @@ def step(
             f"{name} is not a step for several processes of accelerate launch: set num_processes instead."
         )
     output = Path(output)
-    sources = [DataSource(str(path)) for path in inputs]
-    names = [source.name.removesuffix(".tsv").removesuffix(".csv") for source in sources]
-    for name_ in names:
-        if names.count(name_) > 1:
-            raise ValueError(f"Two inputs have the name {name_!r}, and would be written to one file: rename one.")
+    sources = named_sources(inputs)
     start = time.time()
     hashes = {str(path): content_hash(path) for path in [*inputs, *others]}
     record = {"step": name, "version": __version__, "inputs": hashes, "parameters": parameters}
@@ -171,7 +167,7 @@ def step(
     if distributed:
         # Without `cpu` processes would not find each other on CPUs. The others wait while the first one searches.
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=1))
-    running = Step(dict(zip(names, sources, strict=True)), folder, num_processes, state)
+    running = Step(sources, folder, num_processes, state)
     with running.main_first():
         if running.is_main:
             check_output(output)
@@ -200,6 +196,16 @@ def _history(inputs: Sequence[str | Path]) -> list[dict]:
     paths = dict.fromkeys(Path(path).parent / MANIFEST for path in inputs)
     entries = [entry for path in paths if path.is_file() for entry in json.loads(path.read_text(encoding="utf-8"))]
     return [entry for index, entry in enumerate(entries) if entry not in entries[:index]]
+
+
+def named_sources(inputs: Sequence[str | Path]) -> dict[str, DataSource]:
+    """The data sets by name; raises a `ValueError` if two have the same."""
+    sources = [DataSource(str(path)) for path in inputs]
+    names = [source.name.removesuffix(".tsv").removesuffix(".csv") for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two inputs have the name {name!r}, which tells their results apart: rename one.")
+    return dict(zip(names, sources, strict=True))
 
 
 def check_output(output: Path):
