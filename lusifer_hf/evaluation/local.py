@@ -34,7 +34,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.languages.iso_mappings import _hf_lang_to_iso_lang_script
 
 from ..encoding_lusifer import check_texts
-from ..training.evaluation import read_lines, read_retrieval, read_tsv
+from ..training.evaluation import read_classification, read_lines, read_retrieval, read_tsv
 
 
 class _LocalTask(AbsTask):
@@ -66,9 +66,6 @@ class _LocalTask(AbsTask):
         if not self.data_loaded:
             self.dataset = {subset: self.read(self.files[subset]) for subset in self.hf_subsets}
             self.data_loaded = True
-
-    def read(self, path: Path):
-        raise NotImplementedError
 
 
 class LocalRetrieval(_LocalTask, AbsTaskRetrieval):
@@ -113,13 +110,7 @@ class LocalClassification(_LocalTask, AbsTaskClassification):
     task_type, main_score = "Classification", "accuracy"
 
     def read(self, path: Path) -> DatasetDict:
-        rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-        for _, (split, label, text) in read_tsv(path, "split", "label", "text"):
-            if split in rows:  # a validation split is not used
-                rows[split].append((label, text))
-        for split, found in rows.items():
-            if not found:
-                raise ValueError(f'{path} has no row whose split is "{split}".')
+        rows = read_classification(path)
         names = sorted({label for found in rows.values() for label, _ in found})
         if len({label for label, _ in rows["train"]}) < 2:
             raise ValueError(f'{path} has one label in its "train" split: a classifier needs two.')

@@ -301,7 +301,8 @@ def _bitext_scores(source: torch.Tensor, english: torch.Tensor) -> dict[str, flo
 # Classification
 
 
-def _load_classification(path: Path, max_samples: int | None):
+def read_classification(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """The labels and texts of the splits "train" and "test"; a `ValueError` if one is empty."""
     splits: dict[str, list] = {"train": [], "test": []}
     for _, (split, label, text) in read_tsv(path, "split", "label", "text"):
         if split in splits:  # a validation split is not used
@@ -309,6 +310,11 @@ def _load_classification(path: Path, max_samples: int | None):
     for split, rows in splits.items():
         if not rows:
             raise ValueError(f'{path} has no row whose split is "{split}".')
+    return splits
+
+
+def _load_classification(path: Path, max_samples: int | None):
+    splits = read_classification(path)
     train, test = _balanced_sample(splits["train"], max_samples), _sample(splits["test"], max_samples)
     labels = [label for label, _ in train]
     if len(set(labels)) < 2:
