@@ -225,7 +225,7 @@ def prompted_repository(tmp_path_factory, tiny_repository) -> Path:
 
 @pytest.fixture(scope="session")
 def sentences() -> list[str]:
-    """42 sentences in 14 languages and 8 scripts."""
+    """42 sentences in 14 languages and 7 scripts."""
     return [sentence for language in SENTENCES.values() for sentence in language]
 
 

@@ -28,7 +28,7 @@ def model(tiny_repository):
 def test_console_script():
     script = Path(sys.executable).with_name("lusifer-hf")
     finished = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
-    for name in ("compose", "convert", "encode", "compare", "quickstart"):
+    for name in ("compose", "convert", "encode", "evaluate", "compare", "prepare", "quickstart"):
         assert name in finished.stdout
 
 
