@@ -9,6 +9,7 @@ after a kill.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from .deduplication import words, words_hash
 from .embedding import SHARD_TEXTS, embed_shards, load_encoders, take_rows
 from .importing import read_texts
-from .steps import ROW_FEATURES, Step, check_complete, check_ids, column_values, step, write_arrow
+from .steps import SHARD_ROWS, Step, check_complete, check_ids, column_values, step, used_fields, write_arrow
 
 
 Strategy = Literal["top", "random"]
@@ -121,10 +122,11 @@ def mine(
             if cross_encoder is not None:
                 found = _rescore(running, rows, documents, positives, found, cross_encoder, trust_remote_code, name)
             if running.is_main:
-                chosen = _mined_rows(rows, documents, positives, found, range_max, **rules)
-                mined = write_arrow(running.folder / "shards" / f"{name} mined.arrow", ROW_FEATURES, chosen)
-                lengths = pc.list_value_length(mined.data.column("negative")).to_numpy()
-                running.keep(name, mined, np.where(lengths > 0, None, "no negative"))
+                taken, counts = _take_negatives(rows, documents, positives, found, range_max, **rules)
+                has_any = (counts > 0) | (pc.list_value_length(rows.data.column("negative")).to_numpy() > 0)
+                kept = int(has_any.sum())
+                dropped = Counter({"no negative": len(rows) - kept} if kept < len(rows) else {})
+                running.write_batches(name, _mined_rows(rows, documents, taken, counts), kept, len(rows), dropped)
     return Path(output)
 
 
@@ -280,25 +282,26 @@ def _rescore(
     return paths
 
 
-def _mined_rows(
+def _take_negatives(
     rows: Dataset, documents: _Corpus, positives: _Positives, found: Sequence[Path], range_max: int, **rules
-) -> Iterator[dict]:
+) -> tuple[np.ndarray, np.ndarray]:
+    """The documents taken for the rows, one row after the other, and how many each row (N,) has of them."""
+    taken = []
     for shard, path in enumerate(tqdm(found, desc="Choosing", unit="shard")):
         part = dict(np.load(path))
         numbers = _rows_of(shard, len(part["documents"]))
         own, owners = positives.of(numbers)
         bounds = np.searchsorted(owners, range(len(numbers) + 1))
         columns = rows[numbers.start : numbers.stop]
-        batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        taken = []
-        for number, row in enumerate(batch):
+        texts = zip(columns["query"], columns["positive"], columns["negative"], strict=True)
+        for number, (query, positive, negative) in enumerate(texts):
             of_row = slice(bounds[number], bounds[number + 1])
             nearest = part["documents"][number]
             hashes = documents.hashes[nearest]
-            excluded = [_hash(text) for text in (row["query"], *row["positive"], *row["negative"])]
+            excluded = [_hash(text) for text in (query, *positive, *negative)]
             allowed = (nearest >= 0) & ~np.isin(hashes, [*excluded, *documents.hashes[own[of_row]]])
             allowed &= np.isin(np.arange(len(nearest)), np.unique(hashes, return_index=True)[1])  # each text once
-            options = rules | {"num_negatives": max(rules["num_negatives"] - len(row["negative"]), 0)}
+            options = rules | {"num_negatives": max(rules["num_negatives"] - len(negative), 0)}
             chosen = choose(
                 part["scores"][number],
                 allowed,
@@ -308,13 +311,27 @@ def _mined_rows(
                 **options,
             )
             taken.append(nearest[chosen])
-        texts = documents.texts[np.concatenate(taken)]  # at once, since each look-up has its cost
-        ends = np.cumsum([len(chosen) for chosen in taken])
-        for row, chosen, end in zip(batch, taken, ends, strict=True):
-            ids = row["negative_id"] + texts["id"][end - len(chosen) : end]
-            row["negative"] += texts["text"][end - len(chosen) : end]
-            row["negative_id"] = ids if len(ids) == len(row["negative"]) and None not in ids else []
-            yield row
+    return np.concatenate(taken), np.array([len(chosen) for chosen in taken])
+
+
+def _mined_rows(rows: Dataset, documents: _Corpus, taken: np.ndarray, counts: np.ndarray) -> Iterator[dict[str, list]]:
+    """The rows that have negatives, in batches: a file of them all would be several times the size of the input."""
+    has_ids = documents.texts.data.column("id").null_count < len(documents)
+    rows = rows.select_columns(used_fields(rows, always=["negative", "negative_id"] if has_ids else ["negative"]))
+    end = 0
+    for start in range(0, len(rows), SHARD_ROWS):
+        batch = rows[start : start + SHARD_ROWS]
+        bounds = end + np.cumsum([0, *counts[start : start + SHARD_ROWS]])
+        begin, end = bounds[[0, -1]]
+        texts = documents.texts[taken[begin:end]]  # at once, since each look-up has its cost
+        for row, negative in enumerate(batch["negative"]):
+            chosen = slice(*bounds[row : row + 2] - begin)
+            negative += texts["text"][chosen]
+            if "negative_id" in batch:
+                ids = batch["negative_id"][row] + texts["id"][chosen]
+                batch["negative_id"][row] = ids if len(ids) == len(negative) and None not in ids else []
+        kept = [row for row, negative in enumerate(batch["negative"]) if negative]
+        yield {field: [values[row] for row in kept] for field, values in batch.items()}
 
 
 def choose(

@@ -18,15 +18,19 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, List, concatenate_datasets
@@ -105,11 +109,19 @@ class Step:
         return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
 
     def write(self, name: str, dataset: Dataset, rows_in: int, dropped: Counter[str]):
-        """Write the result of a data set, and note how many rows it had and why rows went."""
-        write_rows(dataset, self.folder / self.file_name(name))
-        self.report[name] = {"rows_in": rows_in, "rows_out": len(dataset), "dropped": dict(sorted(dropped.items()))}
+        """Write the result of a data set without its empty columns, and note its number of rows and why rows went."""
+        batches = dataset.select_columns(used_fields(dataset)).iter(SHARD_ROWS)
+        self.write_batches(name, batches, len(dataset), rows_in, dropped)
+
+    def write_batches(
+        self, name: str, batches: Iterable[dict[str, list]], rows_out: int, rows_in: int, dropped: Counter[str]
+    ):
+        """`write` for rows that are made meanwhile, as columns of some of the fields; they are not held in memory."""
+        file_name = self.file_name(name)
+        write_rows(_watched(batches, rows_out, f"Writing {file_name}"), self.folder / file_name)
+        self.report[name] = {"rows_in": rows_in, "rows_out": rows_out, "dropped": dict(sorted(dropped.items()))}
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())) or "none dropped"
-        logger.info(f"{name}: {rows_in:,} rows in, {len(dataset):,} out ({reasons})")
+        logger.info(f"{name}: {rows_in:,} rows in, {rows_out:,} out ({reasons})")
 
     def keep(self, name: str, dataset: Dataset, reasons: Sequence[str | None]):
         """Write the rows that no reason speaks against."""
@@ -272,27 +284,42 @@ def check_complete(rows: Dataset, name: str):
         raise ValueError(f"{name}, row {row} (from 0) lacks a query or a positive: clean the data set first.")
 
 
-def write_rows(dataset: Dataset, path: Path):
-    """Write `.jsonl`, `.json` (one object a line), both also with `.gz`, or `.parquet`; empty columns are left out."""
-    empty = [field for field in dataset.features if field not in ("query", "positive") and _is_empty(dataset, field)]
-    dataset = dataset.remove_columns(empty)
+def write_rows(batches: Iterable[dict[str, list]], path: Path):
+    """Write batches of columns as `.jsonl`, `.json` (one object a line), both also with `.gz`, or as `.parquet`."""
     partial = path.with_name(path.name + ".tmp")
-    if path.name.endswith(".parquet"):
-        dataset.to_parquet(partial)
-    else:
-        with open(partial, "wb") as file:
+    with open(partial, "wb") as file:
+        if path.suffix == ".parquet":
+            _write_parquet(batches, file)
+        elif path.suffix == ".gz":
             # No time in the header, so that equal rows make equal files.
-            target = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, mtime=0) if path.suffix == ".gz" else file
-            with io.TextIOWrapper(target, encoding="utf-8", newline="\n") as text:
-                starts = range(0, len(dataset), 1000)
-                for start in tqdm(starts, desc=f"Writing {path.name}", unit="k rows", disable=_is_quiet()):
-                    columns = dataset[start : start + 1000]
-                    for values in zip(*columns.values(), strict=True):
-                        fields = {
-                            name: value for name, value in zip(columns, values, strict=True) if value is not None
-                        }
-                        text.write(json.dumps(fields, ensure_ascii=False) + "\n")
+            with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, mtime=0) as target:
+                _write_json_lines(batches, target)
+        else:
+            _write_json_lines(batches, file)
     os.replace(partial, path)
+
+
+def _write_parquet(batches: Iterable[dict[str, list]], file: BinaryIO):
+    batches = iter(batches)
+    first = next(batches, {field: [] for field in ROW_FEATURES})
+    schema = Features({field: ROW_FEATURES[field] for field in first}).arrow_schema
+    with pq.ParquetWriter(file, schema) as writer:
+        for batch in chain([first], batches):
+            writer.write_table(pa.Table.from_pydict(batch, schema))
+
+
+def _write_json_lines(batches: Iterable[dict[str, list]], file: BinaryIO):
+    for batch in batches:
+        for values in zip(*batch.values(), strict=True):
+            fields = {name: value for name, value in zip(batch, values, strict=True) if value is not None}
+            file.write((json.dumps(fields, ensure_ascii=False) + "\n").encode())
+
+
+def _watched(batches: Iterable[dict[str, list]], rows: int, name: str) -> Iterator[dict[str, list]]:
+    with tqdm(total=rows, desc=name, unit="row", disable=_is_quiet()) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch["query"]))
 
 
 def write_arrow(path: Path, features: Features, rows: Iterable[dict]) -> Dataset:
@@ -307,11 +334,16 @@ def write_arrow(path: Path, features: Features, rows: Iterable[dict]) -> Dataset
     return Dataset.from_file(str(path))
 
 
-def _is_empty(dataset: Dataset, field: str) -> bool:
-    column = dataset.data.column(field)
-    if isinstance(dataset.features[field], List):
-        return not pc.sum(pc.list_value_length(column)).as_py()
-    return column.null_count == len(column)
+def used_fields(dataset: Dataset, always: Collection[str] = ()) -> list[str]:
+    """The columns that hold something, and beside the query and the positive those that are always wanted."""
+
+    def is_used(field: str) -> bool:
+        column = dataset.data.column(field)
+        if isinstance(dataset.features[field], List):
+            return bool(pc.sum(pc.list_value_length(column)).as_py())
+        return column.null_count < len(column)
+
+    return [field for field in dataset.features if field in ("query", "positive", *always) or is_used(field)]
 
 
 def content_hash(path: str | Path) -> str | None:
