@@ -8,18 +8,23 @@ import logging
 import shutil
 
 import mteb
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from local_files import write_local_files
 from mteb._create_dataloaders import create_dataloader
 from mteb.mocks.mock_tasks import MockSTSTask
 from mteb.results import TaskResult
+from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
+from torch.utils.data import DataLoader
 
 from lusifer_hf import LusiferModel
 from lusifer_hf.cli import main
 from lusifer_hf.evaluation import running
+from lusifer_hf.evaluation.caching import CachedEncoder
 from lusifer_hf.evaluation.local import local_tasks
 from lusifer_hf.evaluation.model import LusiferEncoder
 from lusifer_hf.evaluation.running import find_model, run, select_tasks
@@ -217,17 +222,67 @@ def test_other_data_are_evaluated_again(prompted_repository, small, tmp_path, em
 # Options
 
 
-def test_the_cache_embeds_a_text_once(prompted_repository, small, tmp_path, embedded):
+@pytest.fixture
+def texts(monkeypatch) -> list[tuple[str, str]]:
+    """The prompts and the texts that a model embeds, from now on."""
+    seen = []
+    encode = LusiferModel.encode
+
+    def spy(self, texts, *, prompt_name=None, instruction=None, **kwargs):
+        seen.extend((self.config.prompt(prompt_name, instruction), text) for text in texts)
+        return encode(self, texts, prompt_name=prompt_name, instruction=instruction, **kwargs)
+
+    monkeypatch.setattr(LusiferModel, "encode", spy)
+    return seen
+
+
+def test_the_cache_embeds_a_text_once(prompted_repository, small, tmp_path, texts):
+    shutil.copytree(small / "retrieval/find", small / "retrieval/again")  # a second task of the same texts
     tasks = local_tasks(small)
-    first, _, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
-    shutil.rmtree(tmp_path / "out/results")
-    embedded.clear()
-    second, _, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
-    assert embedded == []
     without, _, _ = run([str(prompted_repository)], tasks, tmp_path / "without")
+    expected = set(texts)
+    assert len(expected) < len(texts)
+    texts.clear()
+    first, _, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
+    assert len(texts) == len(expected) and set(texts) == expected  # titles come before documents once
+
+    shutil.rmtree(tmp_path / "out/results")
+    texts.clear()
+    second, _, _ = run([str(prompted_repository)], tasks, tmp_path / "out", cache=True)
+    assert texts == []
     for found in (first, second):
-        for ours, expected in zip(found.values(), without.values(), strict=True):
-            assert scores(ours) == pytest.approx(scores(expected), abs=1e-6)
+        for ours, others in zip(found.values(), without.values(), strict=True):
+            assert scores(ours) == pytest.approx(scores(others), abs=1e-6)
+
+
+def test_the_cache_after_a_kill(prompted_repository, small, tmp_path, texts, caplog):
+    tasks = local_tasks(small)
+    first, _, _ = run([str(prompted_repository)], tasks, tmp_path, cache=True)
+    [damaged, *_] = indices = sorted(tmp_path.glob("embeddings/*/*/*/index.json"))
+    lost = len(json.loads(damaged.read_text()))
+    assert len(indices) == 3  # queries and documents of retrieval, and sts
+    damaged.write_text(damaged.read_text()[:50])
+    shutil.rmtree(tmp_path / "results")
+    texts.clear()
+    second, failures, _ = run([str(prompted_repository)], tasks, tmp_path, cache=True)
+    assert failures == [] and len(texts) == lost and f"Removing {damaged}" in caplog.text
+    for ours, others in zip(second.values(), first.values(), strict=True):
+        assert scores(ours) == pytest.approx(scores(others), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["baseline", "ours"])
+def test_the_cache_keeps_prompts_apart(baseline, prompted_repository, small, tmp_path, case):
+    model = {"baseline": baseline, "ours": prompted_repository}[case]
+    encoder = running.load_encoder(find_model(str(model)))
+    cached = CachedEncoder(encoder, tmp_path / "cache")
+    options = {"hf_split": "test", "hf_subset": "default"}
+    for prompt_type in (None, PromptType.query, PromptType.document):
+        for name in ("STS12", "NQ"):
+            batches = DataLoader(Dataset.from_dict({"text": ["The same text.", "Another.", "The same text."]}))
+            options |= {"task_metadata": mteb.get_task(name).metadata, "prompt_type": prompt_type}
+            np.testing.assert_allclose(
+                cached.encode(batches, **options), encoder.encode(batches, **options), atol=1e-6
+            )
 
 
 def test_several_devices(prompted_repository, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mteb.models import ModelMeta
-from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+from mteb.models.abs_encoder import AbsEncoder
 
 from ..modeling_lusifer import LusiferModel
 from ..prompts import INSTRUCTIONS
@@ -79,20 +79,24 @@ class LusiferEncoder(AbsEncoder):
         self.options = {"max_length": max_length, "max_tokens_per_batch": max_tokens_per_batch}
         # A model that was saved before the table was part of its config has the same one.
         self.instructions = {"query": None, "document": None, **(model.config.instructions or INSTRUCTIONS)}
+        self.model_prompts = {
+            name: model.config.prompt(_prompt_name(name), instruction)
+            for name, instruction in self.instructions.items()
+        }
         self.mteb_model_meta = model_meta(model, revision=revision)
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
         """Embed mteb's batches of texts: float32 of shape `(texts, H)`, in their order."""
         texts = [text for batch in inputs for text in batch["text"]]
-        name = get_prompt_name(self.instructions, task_metadata, prompt_type)
-        if name is not None:
-            prompt_name = "document" if name.endswith("document") else "query"
-            prompt = {"prompt_name": prompt_name, "instruction": self.instructions[name]}
-        else:
-            prompt = {}
+        name = self.get_prompt_name(task_metadata, prompt_type)
+        prompt = {} if name is None else {"prompt_name": _prompt_name(name), "instruction": self.instructions[name]}
         return self.model.encode(
             texts, **prompt, **self.options, show_progress_bar=kwargs.get("show_progress_bar", False)
         )
+
+
+def _prompt_name(name: str) -> str:
+    return "document" if name.endswith("document") else "query"
 
 
 def model_meta(model: LusiferModel, name: str | None = None, revision: str | None = None, **fields: Any) -> ModelMeta:

@@ -19,13 +19,14 @@ from typing import NamedTuple
 import datasets
 import mteb
 from mteb.abstasks import AbsTask
-from mteb.models import CachedEmbeddingWrapper, ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
 
 from .benchmarks import get_benchmark, get_tasks
+from .caching import CachedEncoder, remove_damaged
 from .local import local_tasks
 from .model import LusiferEncoder
 from .results import LANGUAGES
@@ -107,8 +108,8 @@ def run(
         output (`str` or `Path`):
             The folder for all results; give it again to go on.
         devices, cache, options:
-            As in [`load_encoder`]; with `cache` embeddings are kept in the folder, and a text that comes again in a
-            task is not embedded again.
+            As in [`load_encoder`]; with `cache` embeddings are kept in the folder, and a text that comes again with
+            the same prompt, in whatever task, is not embedded again.
         batch_size (`int`, *optional*, defaults to 32):
             Texts in a batch of a model that is no LUSIFER model, and on several devices.
 
@@ -142,8 +143,9 @@ def run(
                     if encoder is None:
                         encoder = load_encoder(source, devices=devices, **options)
                         if cache:
-                            encoder = CachedEmbeddingWrapper(encoder, output / "embeddings" / folder)
-                    _remove_damaged(output / "predictions" / folder / f"{task.metadata.name}_predictions.json")
+                            encoder = CachedEncoder(encoder, output / "embeddings" / folder)
+                    # To which mteb adds in place.
+                    remove_damaged(output / "predictions" / folder / f"{task.metadata.name}_predictions.json")
                     try:
                         with warnings.catch_warnings():
                             # mteb logs its own; sklearn's are of classifiers that mteb stops early by definition.
@@ -292,16 +294,6 @@ def _fingerprint(folder: Path) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
-
-
-def _remove_damaged(predictions: Path):
-    """mteb adds to a task's predictions in place: a run killed meanwhile leaves what no later one can read."""
-    if predictions.exists():
-        try:
-            json.loads(predictions.read_text(encoding="utf-8"))
-        except ValueError:
-            logger.warning(f"Removing {predictions}, which a run that was killed left unfinished.")
-            predictions.unlink()
 
 
 def _note_other_revisions(folder: Path):
