@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-length", type=int, metavar="N", help="longer texts are cut to so many tokens")
     evaluate.add_argument("--max-tokens-per-batch", type=int, metavar="N", help="of a LUSIFER model on one device")
     evaluate.add_argument("--batch-size", type=int, metavar="N", help="texts in a batch of any other; default: 32")
-    evaluate.add_argument("--cache", action="store_true", help="keep embeddings, for texts that come again with the same prompt")
+    evaluate.add_argument("--cache", action="store_true", help="keep embeddings, for texts that come again")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run code of the models' repositories")
 
     compare = command("compare", _compare, "Compare two evaluated models, and say which differences are within noise.")
