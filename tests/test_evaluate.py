@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from local_files import write_local_files
+from local_files import TEXTS, write_local_files, write_retrieval
 from mteb._create_dataloaders import create_dataloader
 from mteb.mocks.mock_tasks import MockSTSTask
 from mteb.results import TaskResult
@@ -25,8 +25,10 @@ from lusifer_hf import LusiferModel
 from lusifer_hf.cli import main
 from lusifer_hf.evaluation import running
 from lusifer_hf.evaluation.caching import CachedEncoder
+from lusifer_hf.evaluation.examples import load_examples
 from lusifer_hf.evaluation.local import local_tasks
 from lusifer_hf.evaluation.model import LusiferEncoder
+from lusifer_hf.evaluation.results import find_evaluation
 from lusifer_hf.evaluation.running import find_model, run, select_tasks
 
 
@@ -93,6 +95,21 @@ def test_the_command_gives_the_scores_of_mteb(prompted_repository, folder, tmp_p
     assert (out / "report/report.md").is_file()
     predictions = {path.name for path in out.glob("predictions/*/*/*.json")}
     assert predictions == {f"{task.metadata.name}_predictions.json" for task in local_tasks(folder)}
+
+
+def test_predictions_end_where_the_score_does(prompted_repository, tmp_path):
+    write_retrieval(tmp_path / "files/retrieval/all/en", TEXTS)
+    [task] = local_tasks(tmp_path / "files")
+    found, _, _ = run([str(prompted_repository)], [task], tmp_path / "out")
+    [[result]] = found.values()
+    assert result.scores["test"][0]["recall_at_1000"] == 1  # all of the corpus was ranked
+    [path] = tmp_path.glob("out/predictions/*/*/*.json")
+    rankings = json.loads(path.read_text())["en"]["test"]
+    assert len(rankings) == len(TEXTS) > 20
+    assert {len(ranking) for ranking in rankings.values()} == {20}  # nDCG@10
+    evaluation = find_evaluation(tmp_path / "out")
+    [examples] = load_examples(evaluation, [result], tmp_path / "out/predictions", [task]).values()
+    assert examples.size == len(TEXTS)
 
 
 def test_a_baseline_has_its_own_prompts(prompted_repository, baseline, small, tmp_path):

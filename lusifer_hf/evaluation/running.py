@@ -9,16 +9,18 @@ so that weights that were trained further never get old scores; changed files of
 
 import copy
 import hashlib
+import heapq
 import json
 import logging
 import warnings
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import mteb
-from mteb.abstasks import AbsTask
+from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
@@ -152,7 +154,7 @@ def run(
                             warnings.simplefilter("ignore", UserWarning)
                             [result] = mteb.evaluate(
                                 encoder,
-                                copy.deepcopy(task),  # its random state and data would go over to the next model
+                                _own_copy(task),
                                 cache=results,
                                 # Left to itself, mteb returns a complete result of other data.
                                 overwrite_strategy="only-missing" if is_current else "always",
@@ -294,6 +296,26 @@ def _fingerprint(folder: Path) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def _own_copy(task: AbsTask) -> AbsTask:
+    """A copy for one model, whose predictions end where its main score does."""
+    task = copy.deepcopy(task)  # its random state and data would go over to the next model
+    cutoff = task.metadata.main_score.rpartition("_at_")[2]
+    if isinstance(task, AbsTaskRetrieval) and cutoff.isdecimal():
+        # mteb saves 1,000 documents for each query, and the whole file again after every language: most of the time
+        # outside of the model. Twice the cutoff, as documents of equal scores may come in another order.
+        save, count = task._save_task_predictions, 2 * int(cutoff)
+
+        def save_best(rankings, *args, **kwargs):
+            best = {
+                query: dict(heapq.nlargest(count, ranking.items(), key=itemgetter(1)))
+                for query, ranking in rankings.items()
+            }
+            save(best, *args, **kwargs)
+
+        task._save_task_predictions = save_best
+    return task
 
 
 def _note_other_revisions(folder: Path):
