@@ -11,7 +11,6 @@ Every contender embeds the same texts with the same weights and must return the 
 
 import argparse
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_memory
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, MistralConfig, XLMRobertaConfig
@@ -249,7 +249,7 @@ def memory_process(count: int):
         sentences = [text for texts in SENTENCES.values() for text in texts]
         texts = [sentences[index % len(sentences)] for index in range(count)]
         vectors = model.encode(texts)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, vectors.nbytes // 2**20)
+    print(peak_memory() // 2**20, vectors.nbytes // 2**20)
 
 
 def main():

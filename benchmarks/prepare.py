@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from memory import peak_memory
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LUSIFER_SHARED", REPOSITORY.parent / "shared")).resolve()
@@ -106,12 +108,6 @@ def run_step(name: str, source: str, output: str, num_processes: int, model: str
     start = time.perf_counter()
     step([source], output, **options)
     return {"seconds": time.perf_counter() - start, "bytes": peak_memory()}
-
-
-def peak_memory() -> int:
-    """Bytes, on Linux. Not `ru_maxrss`, which a process has from the one that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def apart(**options) -> dict:

@@ -22,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import torch
 from encode import SIZES as ENCODE_SIZES
 from encode import matmul_rate
+from memory import peak_memory
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, XLMRobertaConfig
@@ -544,12 +544,6 @@ def take(run: Callable[[], float], device: str) -> dict:
     else:
         peak = peak_memory()
     return {"seconds": time.perf_counter() - start, "bytes": peak - before, "result": result}
-
-
-def peak_memory() -> int:
-    """Bytes, on Linux. Not `ru_maxrss`, which a process has from the one that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def main():

@@ -8,11 +8,11 @@ import json
 from itertools import islice
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import write_json_lines
 from datasets import Dataset, DatasetDict
 from golden import golden_case, needs_golden, read_json
 from torch.utils.data import DataLoader
@@ -21,21 +21,16 @@ from lusifer_hf.data import mixture as mixture_module
 from lusifer_hf.data.mixture import DataSource, MixtureStream, check_sources, load_mixture
 
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROWS = [
     {"query": f"Frage {i}", "positive": [f"Antwort {i}", f"другой {i}"], "negative": [f"falsch {i}"] * (i % 3)}
     for i in range(20)
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def write(path, rows) -> str:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
-    return str(path)
+    return str(write_json_lines(path, rows))
 
 
 def read_all(mixture, *fields) -> list[tuple]:
