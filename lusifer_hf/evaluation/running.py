@@ -146,23 +146,9 @@ def run(
                         encoder = load_encoder(source, devices=devices, **options)
                         if cache:
                             encoder = CachedEncoder(encoder, output / "embeddings" / folder)
-                    # To which mteb adds in place.
-                    remove_damaged(output / "predictions" / folder / f"{task.metadata.name}_predictions.json")
                     try:
-                        with warnings.catch_warnings():
-                            # mteb logs its own; sklearn's are of classifiers that mteb stops early by definition.
-                            warnings.simplefilter("ignore", UserWarning)
-                            [result] = mteb.evaluate(
-                                encoder,
-                                _own_copy(task),
-                                cache=results,
-                                # Left to itself, mteb returns a complete result of other data.
-                                overwrite_strategy="only-missing" if is_current else "always",
-                                prediction_folder=output / "predictions" / folder,
-                                encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-                                show_progress_bar=False,
-                                co2_tracker=False,
-                            ).task_results
+                        predictions = output / "predictions" / folder
+                        result = _evaluate(encoder, task, results, predictions, batch_size, only_missing=is_current)
                     except Exception as error:
                         # Whatever it is, the other tasks can still run; what failed is reported at the end.
                         logger.debug("", exc_info=True)
@@ -296,6 +282,27 @@ def _fingerprint(folder: Path) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def _evaluate(
+    encoder, task: AbsTask, results: mteb.ResultCache, predictions: Path, batch_size: int, only_missing: bool
+) -> TaskResult:
+    remove_damaged(predictions / f"{task.metadata.name}_predictions.json")  # to which mteb adds in place
+    with warnings.catch_warnings():
+        # mteb logs its own; sklearn's are of classifiers that mteb stops early by definition.
+        warnings.simplefilter("ignore", UserWarning)
+        [result] = mteb.evaluate(
+            encoder,
+            _own_copy(task),
+            cache=results,
+            # Left to itself, mteb returns a complete result of other data.
+            overwrite_strategy="only-missing" if only_missing else "always",
+            prediction_folder=predictions,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+            show_progress_bar=False,
+            co2_tracker=False,
+        ).task_results
+    return result
 
 
 def _own_copy(task: AbsTask) -> AbsTask:
