@@ -78,7 +78,7 @@ def embed_shards(running: Step, texts: Dataset, encode: Encode, name: str) -> li
             with open(partial, "wb") as file:
                 np.save(file, embeddings)
             os.replace(partial, paths[start])
-            progress.update(state.num_processes)
+            progress.update(min(state.num_processes, len(todo) - progress.n))  # the last round may lack some
     running.wait()
     sizes = {np.load(path, mmap_mode="r").shape[1]: path for path in paths.values()}
     if len(sizes) > 1:
