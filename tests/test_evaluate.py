@@ -5,6 +5,7 @@ whatever fails or stops; scores of other weights, data or options are not mixed 
 
 import json
 import logging
+import multiprocessing
 import shutil
 
 import mteb
@@ -13,8 +14,6 @@ import pytest
 import torch
 from datasets import Dataset
 from local_files import TEXTS, write_local_files, write_retrieval
-from mteb._create_dataloaders import create_dataloader
-from mteb.mocks.mock_tasks import MockSTSTask
 from mteb.results import TaskResult
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
@@ -302,17 +301,14 @@ def test_the_cache_keeps_prompts_apart(baseline, prompted_repository, small, tmp
             )
 
 
-def test_several_devices(prompted_repository, monkeypatch):
-    devices, pools = [], []
-    monkeypatch.setattr(SentenceTransformer, "start_multi_process_pool", lambda self, target: devices.extend(target))
-    monkeypatch.setattr(SentenceTransformer, "encode", lambda self, texts, *, pool, **kwargs: pools.append(pool))
-    encoder = running.load_encoder(find_model(str(prompted_repository)), devices=["cpu", "cpu"])
-    encoder.pool = "pool"
-    task = MockSTSTask()
-    task.load_data()
-    inputs = create_dataloader(task.dataset["test"], task_metadata=task.metadata, input_column="sentence1")
-    encoder.encode(inputs, task_metadata=task.metadata, hf_split="test", hf_subset="default")
-    assert (devices, pools) == (["cpu", "cpu"], ["pool"])
+def test_several_devices(tiny_repository, small, tmp_path):
+    tasks = local_tasks(small)
+    alone, _, _ = run([str(tiny_repository)], tasks, tmp_path / "alone")
+    # Two processes, and a folder whose prompts file has no instructions of tasks.
+    together, failures, _ = run([str(tiny_repository)], tasks, tmp_path / "together", devices=["cpu", "cpu"])
+    assert failures == [] and multiprocessing.active_children() == []
+    for ours, others in zip(together.values(), alone.values(), strict=True):
+        assert scores(ours) == pytest.approx(scores(others), abs=1e-6)
 
 
 def test_a_task_of_two_benchmarks_is_run_once():

@@ -6,12 +6,14 @@ the scores are those of `mteb.evaluate(SentenceTransformer(folder))`, which pick
 file that was written from them.
 """
 
+import copy
 from typing import Any
 
 import torch
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 
+from ..configuration_lusifer import LusiferConfig
 from ..modeling_lusifer import LusiferModel
 from ..prompts import INSTRUCTIONS
 
@@ -77,12 +79,8 @@ class LusiferEncoder(AbsEncoder):
             model = LusiferModel.from_pretrained(model, revision=revision or "main", **loading).to(device)
         self.model = model
         self.options = {"max_length": max_length, "max_tokens_per_batch": max_tokens_per_batch}
-        # A model that was saved before the table was part of its config has the same one.
-        self.instructions = {"query": None, "document": None, **(model.config.instructions or INSTRUCTIONS)}
-        self.model_prompts = {
-            name: model.config.prompt(_prompt_name(name), instruction)
-            for name, instruction in self.instructions.items()
-        }
+        self.instructions = {"query": None, "document": None, **_instructions(model.config)}
+        self.model_prompts = model_prompts(model.config)
         self.mteb_model_meta = model_meta(model, revision=revision)
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
@@ -93,6 +91,18 @@ class LusiferEncoder(AbsEncoder):
         return self.model.encode(
             texts, **prompt, **self.options, show_progress_bar=kwargs.get("show_progress_bar", False)
         )
+
+
+def model_prompts(config: LusiferConfig) -> dict[str, str]:
+    """What a model puts before texts, by the names of mteb's prompts."""
+    config = copy.copy(config)
+    config.instructions = _instructions(config)
+    return config.prompts()
+
+
+def _instructions(config: LusiferConfig) -> dict[str, str]:
+    # A model that was saved before the table was part of its config has the same one.
+    return config.instructions or INSTRUCTIONS
 
 
 def _prompt_name(name: str) -> str:

@@ -13,7 +13,9 @@ import heapq
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +29,11 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
 
+from ..configuration_lusifer import LusiferConfig
 from .benchmarks import get_benchmark, get_tasks
 from .caching import CachedEncoder, remove_damaged
 from .local import local_tasks
-from .model import LusiferEncoder
+from .model import LusiferEncoder, model_prompts
 from .results import LANGUAGES
 
 
@@ -52,6 +55,10 @@ class Source(NamedTuple):
     name: str
     revision: str
     is_lusifer: bool
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.name.replace("/", "__"), self.revision)
 
 
 def select_tasks(
@@ -128,38 +135,45 @@ def run(
             raise ValueError(f"Two models are called {source.name}: put one into a folder of another name.")
     output = Path(output)
     datasets.disable_progress_bars()  # there is one bar, over the whole run
-    results = mteb.ResultCache(output)
-    finished: dict[str, list[TaskResult]] = {source.name: [] for source in sources}
+    finished: dict[str, list[TaskResult]] = {}
     failures = []
     with tqdm(total=len(sources) * len(tasks), desc="Evaluating", unit="task") as progress:
         for source in sources:
-            meta = ModelMeta.create_empty({"name": source.name, "revision": source.revision})
-            folder = Path(source.name.replace("/", "__"), source.revision)
-            _note_other_revisions(output / "results" / folder)
-            encoder = None  # loaded when the first task needs it
-            for task in tasks:
-                progress.set_description(f"{source.name}: {task.metadata.name}")
-                result = results.load_task_result(task.metadata.name, meta)
-                is_current = result is not None and result.is_mergeable(task)
-                if not is_current or result.get_missing_evaluations(task):
-                    if encoder is None:
-                        encoder = load_encoder(source, devices=devices, **options)
-                        if cache:
-                            encoder = CachedEncoder(encoder, output / "embeddings" / folder)
-                    try:
-                        predictions = output / "predictions" / folder
-                        result = _evaluate(encoder, task, results, predictions, batch_size, only_missing=is_current)
-                    except Exception as error:
-                        # Whatever it is, the other tasks can still run; what failed is reported at the end.
-                        logger.debug("", exc_info=True)
-                        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                        logger.error(f"{source.name} failed on {task.metadata.name}. {reason}")
-                        failures.append(Failure(source.name, task.metadata.name, reason))
-                        result = None
-                if result is not None:
-                    finished[source.name].append(result.validate_and_filter_scores(task))
-                progress.update()
+            with ExitStack() as stack:
+                load = partial(_load, source, output, stack, cache, devices=devices, **options)
+                finished[source.name], failed = _run_model(source, tasks, output, load, batch_size, progress)
+            failures += failed
     return finished, failures, {source.name: source.revision for source in sources}
+
+
+def _run_model(
+    source: Source, tasks: Sequence[AbsTask], output: Path, load: Callable, batch_size: int, progress: tqdm
+) -> tuple[list[TaskResult], list[Failure]]:
+    results = mteb.ResultCache(output)
+    meta = ModelMeta.create_empty({"name": source.name, "revision": source.revision})
+    _note_other_revisions(output / "results" / source.folder)
+    encoder = None  # loaded when the first task needs it
+    finished, failures = [], []
+    for task in tasks:
+        progress.set_description(f"{source.name}: {task.metadata.name}")
+        result = results.load_task_result(task.metadata.name, meta)
+        is_current = result is not None and result.is_mergeable(task)
+        if not is_current or result.get_missing_evaluations(task):
+            encoder = encoder or load()
+            try:
+                predictions = output / "predictions" / source.folder
+                result = _evaluate(encoder, task, results, predictions, batch_size, only_missing=is_current)
+            except Exception as error:
+                # Whatever it is, the other tasks can still run; what failed is reported at the end.
+                logger.debug("", exc_info=True)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                logger.error(f"{source.name} failed on {task.metadata.name}. {reason}")
+                failures.append(Failure(source.name, task.metadata.name, reason))
+                result = None
+        if result is not None:
+            finished.append(result.validate_and_filter_scores(task))
+        progress.update()
+    return finished, failures
 
 
 def find_model(model: str, **options) -> Source:
@@ -241,13 +255,15 @@ def load_encoder(
         if max_length is not None:
             model.max_seq_length = max_length
         encoder = _PooledEncoder(model, devices) if len(devices) > 1 else SentenceTransformerEncoderWrapper(model)
+        if source.is_lusifer:  # as on one device, also where the prompts file is older than the table
+            encoder.model_prompts = model_prompts(LusiferConfig.from_pretrained(source.path))
     names = {"name": source.name, "revision": source.revision}
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=names)
     return encoder
 
 
 class _PooledEncoder(SentenceTransformerEncoderWrapper):
-    """On several devices, each with a process that stays for the whole run."""
+    """On several devices, each with a process that stays until `close`."""
 
     def __init__(self, model: SentenceTransformer, devices: Sequence[str]):
         super().__init__(model)
@@ -255,6 +271,9 @@ class _PooledEncoder(SentenceTransformerEncoderWrapper):
 
     def encode(self, inputs, **kwargs):
         return super().encode(inputs, pool=self.pool, **kwargs)
+
+    def close(self):
+        self.model.stop_multi_process_pool(self.pool)
 
 
 def _is_wanted(task: AbsTask, subset: str, languages: Sequence[str] | None) -> bool:
@@ -282,6 +301,13 @@ def _fingerprint(folder: Path) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def _load(source: Source, output: Path, stack: ExitStack, cache: bool, **options):
+    encoder = load_encoder(source, **options)
+    if isinstance(encoder, _PooledEncoder):
+        stack.callback(encoder.close)  # or the next model would not find the devices empty
+    return CachedEncoder(encoder, output / "embeddings" / source.folder) if cache else encoder
 
 
 def _evaluate(
