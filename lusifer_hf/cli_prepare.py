@@ -2,27 +2,29 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]):
     """Declare them; `command(name, handler, description)` makes a parser."""
 
-    def step(name: str, handler: Callable, description: str) -> argparse.ArgumentParser:
-        parser = command(name, handler, description)
+    def step(name: str, function: str, description: str) -> argparse.ArgumentParser:
+        parser = command(name, partial(_run, function), description)
         parser.add_argument("inputs", nargs="+", metavar="DATA", help="file, folder or Hub id of a data set")
         parser.add_argument("--output", required=True, metavar="FOLDER", help="written when the step is finished")
         return parser
 
-    def with_processes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add_processes(parser: argparse.ArgumentParser):
         parser.add_argument("--num-processes", type=int, metavar="N")
-        return parser
 
     def add_model(parser: argparse.ArgumentParser):
         parser.add_argument("--model", required=True, metavar="ID", help="that embeds: Hub id or folder")
         parser.add_argument("--instruction", help="what the embeddings are for, in English")
         parser.add_argument("--trust-remote-code", action="store_true", help="run code of the model's repository")
 
-    parser = with_processes(step("import", _import, "Bring raw data into rows of query, positive and negative."))
+    parser = step("import", "importing.import_data", "Bring raw data into rows of query, positive and negative.")
+    add_processes(parser)
     kinds = ("beir", "pairs", "labels", "label-names", "nli", "sts", "parallel")
     parser.add_argument("--kind", required=True, choices=kinds, help="what the data is")
     parser.add_argument("--columns", type=_pairs, metavar="OURS=THEIRS,...", help="such as text=utterance")
@@ -32,24 +34,27 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]):
     parser.add_argument("--min-score", type=float, metavar="X", help="of a pair of kind sts; default: 4.0")
     parser.add_argument("--seed", type=int, metavar="N")
 
-    parser = with_processes(step("clean", _clean, "Remove empty, short, long, damaged and repeated texts."))
+    parser = step("clean", "cleaning.clean", "Remove empty, short, long, damaged and repeated texts.")
+    add_processes(parser)
     parser.add_argument("--min-query-words", type=int, metavar="N")
     parser.add_argument("--min-characters", type=int, metavar="N")
     parser.add_argument("--max-characters", type=int, metavar="N")
     parser.add_argument("--scripts", nargs="+", metavar="NAME", help="such as LATIN: texts in others go")
 
-    parser = with_processes(step("dedup", _dedup, "Remove duplicates and near duplicates; the first one stays."))
+    parser = step("dedup", "deduplication.deduplicate", "Remove duplicates and near duplicates; the first one stays.")
+    add_processes(parser)
     parser.add_argument("--threshold", type=float, metavar="X", help="similarity of near duplicates; default: 0.8")
     parser.add_argument("--exact", dest="threshold", action="store_const", const=None, help="no near duplicates")
     parser.add_argument("--compare", choices=("row", "query"), help="default: query and positive must be alike")
 
-    parser = with_processes(step("decontaminate", _decontaminate, "Remove rows that are in evaluation data."))
+    parser = step("decontaminate", "decontamination.decontaminate", "Remove rows that are in evaluation data.")
+    add_processes(parser)
     parser.add_argument("--against", nargs="+", required=True, metavar="DATA", help="evaluation files or folders")
     parser.add_argument("--where", type=_pairs, metavar="COLUMN=VALUE,...", help="such as split=test")
     parser.add_argument("--ngram-words", type=int, metavar="N", help="shared words in a row that count; default: 8")
     parser.add_argument("--threshold", type=float, metavar="X", help="similarity of near duplicates; default: 0.8")
 
-    parser = step("mine", _mine, "Add hard negatives. Also with accelerate launch, on several GPUs.")
+    parser = step("mine", "mining.mine", "Add hard negatives. Also with accelerate launch, on several GPUs.")
     add_model(parser)
     parser.add_argument("--document-prompt", metavar="TEXT", help="such as 'passage: ', for other models than ours")
     parser.add_argument("--corpus", nargs="+", metavar="FILE", help="as BEIR's corpus.jsonl; default: all positives")
@@ -62,14 +67,14 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]):
     parser.add_argument("--cross-encoder", metavar="ID", help="scores the window's documents again")
     parser.add_argument("--seed", type=int, metavar="N")
 
-    parser = step("cluster", _cluster, "Number the clusters of queries. Also with accelerate launch.")
+    parser = step("cluster", "clustering.cluster", "Number the clusters of queries. Also with accelerate launch.")
     add_model(parser)
     parser.add_argument("--clusters", type=int, metavar="N", help="at most; default: 1024")
     parser.add_argument("--iterations", type=int, metavar="N", help="of k-means; default: 200")
     parser.add_argument("--min-cluster-size", type=int, metavar="N", help="default: 20")
     parser.add_argument("--seed", type=int, metavar="N")
 
-    parser = step("sample", _sample, "Take fewer rows, balanced over the clusters.")
+    parser = step("sample", "sampling.sample", "Take fewer rows, balanced over the clusters.")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="to keep of each data set")
     parser.add_argument("--seed", type=int, metavar="N")
 
@@ -85,46 +90,10 @@ def _pairs(text: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _import(**options):
-    from .data.prepare.importing import import_data
-
-    import_data(**options)
-
-
-def _clean(**options):
-    from .data.prepare.cleaning import clean
-
-    clean(**options)
-
-
-def _dedup(**options):
-    from .data.prepare.deduplication import deduplicate
-
-    deduplicate(**options)
-
-
-def _decontaminate(**options):
-    from .data.prepare.decontamination import decontaminate
-
-    decontaminate(**options)
-
-
-def _mine(**options):
-    from .data.prepare.mining import mine
-
-    mine(**options)
-
-
-def _cluster(**options):
-    from .data.prepare.clustering import cluster
-
-    cluster(**options)
-
-
-def _sample(**options):
-    from .data.prepare.sampling import sample
-
-    sample(**options)
+def _run(function: str, **options):
+    """Only a step that is run has its packages imported."""
+    module, _, name = function.partition(".")
+    getattr(import_module(f"lusifer_hf.data.prepare.{module}"), name)(**options)
 
 
 def _stats(**options):

@@ -3,6 +3,7 @@ The contract of `lusifer-hf`: every sub-command does what the function behind it
 stderr and exit status 1 (2 for arguments that do not exist), never a traceback unless `--debug` asks for it.
 """
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -216,3 +217,11 @@ def test_quickstart_outside_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["quickstart"]) == 1
     assert "error: There is no configs/quickstart here: run this in a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("package", "extra"), [("data.prepare", "prepare"), ("evaluation", "eval")])
+def test_a_missing_package_names_its_extra(monkeypatch, package, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, f"lusifer_hf.{package}", raising=False)
+    with pytest.raises(ImportError, match=rf'needs (datasets|mteb): pip install "lusifer-hf\[{extra}\]"'):
+        importlib.import_module(f"lusifer_hf.{package}")

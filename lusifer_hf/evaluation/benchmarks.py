@@ -19,29 +19,13 @@ import mteb
 from mteb.abstasks import AbsTask
 from mteb.benchmarks.get_benchmark import _build_registry
 
+from .results import LANGUAGES
 
-# The 14 languages of the paper, then those that only the research code has; with mteb's codes of each.
+
+# The 14 languages of the paper; further ones, that only the research code has, are in `LANGUAGE_CODES`.
 PAPER_LANGUAGES = ("en", "es", "ru", "fr", "vi", "fa", "id", "ar", "fi", "ko", "hi", "bn", "te", "sw")
 LANGUAGE_CODES = {
-    "en": ("eng",),
-    "es": ("spa",),
-    "ru": ("rus",),
-    "fr": ("fra",),
-    "vi": ("vie",),
-    "fa": ("fas",),
-    "id": ("ind",),
-    "ar": ("ara",),
-    "fi": ("fin",),
-    "ko": ("kor",),
-    "hi": ("hin",),
-    "bn": ("ben",),
-    "te": ("tel",),
-    "sw": ("swa",),
-    "de": ("deu",),
-    "ja": ("jpn",),
-    "th": ("tha",),
-    "yo": ("yor",),
-    "zh": ("cmn", "cmo", "zho"),
+    language: tuple(code for code, found in LANGUAGES.items() if found == language) for language in LANGUAGES.values()
 }
 
 TASKS = {

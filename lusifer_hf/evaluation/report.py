@@ -17,7 +17,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 from mteb.results import TaskResult
 
-from .plots import plot_bars, plot_heat_maps
+from .plots import NOTHING, plot_bars, plot_heat_maps
 from .results import LANGUAGES, Entry, changed_tasks, entries
 from .statistics import AVERAGE, Comparison, Examples, Interval, Key, bootstrap
 
@@ -32,7 +32,6 @@ PUBLISHED = {  # tables 1 and 2 of the paper
 NEWER = ".v2"  # after the name of a data set of which the paper has the first version
 FAMILIES = ("Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "BitextMining")
 BALANCED = "balanced average"
-NOTHING = "–"
 
 Column = Literal["language", "task"]
 

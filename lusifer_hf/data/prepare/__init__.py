@@ -1,8 +1,8 @@
 """From raw text to training data: import, clean, deduplicate, decontaminate, mine negatives, cluster, sample."""
 
-try:
-    import datasets  # noqa: F401
-    import faiss  # noqa: F401
-    import rensa  # noqa: F401
-except ImportError as error:
-    raise ImportError(f'Data preparation needs {error.name}: pip install "lusifer-hf[prepare]"') from error
+from importlib.util import find_spec
+
+
+for package in ("datasets", "faiss", "regex", "rensa"):
+    if find_spec(package) is None:
+        raise ImportError(f'Data preparation needs {package}: pip install "lusifer-hf[prepare]"')
