@@ -2,184 +2,36 @@
 Contract of the alignment model: P14, the loss at label positions is the loss of all logits, gradients included; P10,
 the research code's golden batches give its loss, logits and gradients; every LLM family and attention implementation
 gives what the family's own causal LM gives for the same sequence and mask; a row depends on no other row and on no
-padding; hidden positions are hidden, and with "prefix_lm" nothing sees a later token; a folder keeps its LM head from
-one alignment to the next, and no head is ever trained against that was not loaded.
+padding; hidden positions are hidden, and with "prefix_lm" nothing sees a later token.
 """
 
-import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    EAGER_ONLY,
-    VOCABULARY,
-    assert_distinct,
-    assert_same,
-    backbone_config,
-    pad,
-    random_texts,
-    save_backbone,
-    widen,
+from alignment import (
+    BOS,
+    CONNECTOR,
+    FAMILIES,
+    LENGTHS,
+    MASK_TOKEN,
+    MODES,
+    TEXT_LENGTHS,
+    assert_as_stock,
+    assert_same_gradients,
+    attention_of,
+    collate,
+    gradients,
+    logits_by_row,
+    make_rows,
+    tiny_alignment,
 )
+from conftest import VOCABULARY, assert_distinct, assert_same
 from golden import backbones, expected_values, golden_case, needs_golden, publish
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lusifer_hf import LusiferConfig, LusiferForAlignment, LusiferModel, modeling_alignment
+from lusifer_hf import LusiferForAlignment, LusiferModel, modeling_alignment
 from lusifer_hf.converting import convert
-
-
-BOS, MASK_TOKEN = 2, 3  # `random_texts` has neither
-MODES = ["bidirectional", "prefix_lm"]
-# With logits scaled (cohere, granite) or capped (gemma2), an LM head with a bias (phi), windows (gemma).
-FAMILIES = ["mistral", "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "cohere", "granite"]
-FIELDS = {"granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.3}}
-LENGTHS, TEXT_LENGTHS = [9, 4, 17, 4, 1], [7, 12, 3, 7, 5]
-STARTS_WITH_BOS = [True, False, True, False, True]
-CONNECTOR = "model.connector.mlp.linear_1.weight"
-
-
-def tiny_alignment(llm: str = "mistral", attn_implementation=None, llm_fields: dict | None = None, seed=0, **fields):
-    """As `tiny_model`."""
-    llm_fields = {"bos_token_id": BOS, **FIELDS.get(llm, {}), **(llm_fields or {})}
-    config = LusiferConfig(
-        encoder_config=backbone_config("xlm-roberta"), llm_config=backbone_config(llm, **llm_fields), **fields
-    )
-    config._attn_implementation = attn_implementation
-    return widen(LusiferForAlignment._from_config(config), seed).eval()
-
-
-def attention_of(llm: str, implementation: str | None):
-    if llm in EAGER_ONLY and implementation == "sdpa":
-        pytest.skip("its capped attention scores need eager")
-    return implementation
-
-
-def make_rows(hidden: float = 0.4) -> list[dict[str, torch.Tensor]]:
-    """Rows whose text is masked as the collator does it: attention and, independently, the input token."""
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    texts = random_texts(TEXT_LENGTHS, seed=1)
-    texts[1][5] = BOS  # inside a text it is a token like any other
-    for encoder_ids, text, has_bos in zip(random_texts(LENGTHS), texts, STARTS_WITH_BOS, strict=True):
-        ids = torch.cat([torch.tensor([BOS]), text]) if has_bos else text
-        may_change = torch.arange(len(ids)) >= int(has_bos)
-        attention = ~((torch.rand(len(ids), generator=generator) < hidden) & may_change)
-        masked = (torch.rand(len(ids), generator=generator) < hidden) & may_change
-        rows.append(
-            {
-                "input_ids": encoder_ids,
-                "llm_input_ids": ids.masked_fill(masked, MASK_TOKEN),
-                "llm_attention_mask": attention.long(),
-                "labels": ids,
-            }
-        )
-    return rows
-
-
-def collate(rows: list[dict], side: str = "right", extra: int = 0) -> dict[str, torch.Tensor]:
-    padding = {"llm_input_ids": 0, "llm_attention_mask": 0, "labels": -100}
-    texts = {
-        name: pad([row[name] for row in rows], side, extra, padding=value)["input_ids"]
-        for name, value in padding.items()
-    }
-    return {**pad([row["input_ids"] for row in rows], side, extra), **texts}
-
-
-def logits_by_row(model, rows: list[dict], **padding) -> list[torch.Tensor]:
-    """Of each row the logits of every column of its text."""
-    with torch.no_grad():
-        batch = collate(rows, **padding)
-        logits = model(**batch, return_logits=True).logits
-    present = batch["labels"] != -100
-    return [row[mask] for row, mask in zip(logits, present, strict=True)]
-
-
-def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_same_gradients(actual, expected, tolerance: float = 1e-4):
-    assert actual.keys() == expected.keys()
-    largest = max(gradient.norm() for gradient in expected.values())
-    assert largest > 1e-3
-    for name, gradient in expected.items():
-        difference = (actual[name] - gradient).norm() / gradient.norm().clamp(min=1e-3 * largest)
-        assert difference < tolerance, f"{name}: {difference}"
-
-
-def allowed(config: LusiferConfig, keys: torch.Tensor, num_prefix: int, window: int | None) -> torch.Tensor:
-    """Which position sees which, of one row: queries, keys."""
-    positions = torch.arange(len(keys))
-    mask = keys.expand(len(keys), -1)
-    if window is not None:
-        mask = mask & ((positions[:, None] - positions).abs() <= window)
-    if config.alignment_attention == "prefix_lm":
-        mask = mask & ((positions < num_prefix) | (positions <= positions[:, None]))
-    return mask
-
-
-def stock_loss(model: LusiferForAlignment, rows: list[dict]) -> tuple[torch.Tensor, int]:
-    """The summed loss of the family's own causal LM, each row alone, and the number of predicted labels."""
-    config = model.config
-    llm_config = copy.deepcopy(config.llm_config)
-    llm_config._attn_implementation = "eager"
-    causal_lm = AutoModelForCausalLM.from_config(llm_config).eval()
-    causal_lm.get_output_embeddings().weight = model.lm_head.weight
-    if model.lm_head.bias is not None:
-        causal_lm.get_output_embeddings().bias = model.lm_head.bias
-    causal_lm.model = model.model.llm  # in eager mode the reference's own masks decide
-    losses, count = [], 0
-    for row in rows:
-        text, is_kept = row["llm_input_ids"], row["llm_attention_mask"].bool()
-        states = model.model._embed_in_llm(row["input_ids"][None], torch.ones(1, len(row["input_ids"])).bool())[0][0]
-        embedded = causal_lm.get_input_embeddings()(text)
-        first = int(row["labels"][0] == BOS)
-        sequence = torch.cat([embedded[:first], states, embedded[first:]])
-        keys = torch.cat([is_kept[:first], torch.ones(len(states)).bool(), is_kept[first:]])
-        labels = torch.cat([row["labels"][:first], torch.full((len(states),), -100), row["labels"][first:]])
-        masks = {
-            name: torch.zeros(1, 1, len(keys), len(keys)).masked_fill(
-                ~allowed(config, keys, first + len(states), window), torch.finfo(torch.float32).min
-            )
-            for name, window in (
-                ("full_attention", None),
-                ("sliding_attention", getattr(llm_config, "sliding_window", None)),
-            )
-        }
-        has_types = hasattr(llm_config, "layer_types")
-        one_mask = masks["sliding_attention" if getattr(llm_config, "sliding_window", None) else "full_attention"]
-        logits = causal_lm(
-            inputs_embeds=sequence[None],
-            attention_mask=masks if has_types else one_mask,
-            position_ids=torch.arange(len(keys))[None],
-            use_cache=False,
-        ).logits
-        losses.append(ForCausalLMLoss(logits, labels[None], llm_config.vocab_size, num_items_in_batch=1))
-        count += int((labels[1:] != -100).sum())
-    return torch.stack(losses).sum(), count
-
-
-def assert_as_stock(rows: list[dict], **fields):
-    """Loss and gradients, with every attention implementation that the family has."""
-    reference = tiny_alignment(attn_implementation="eager", **fields)
-    total, count = stock_loss(reference, rows)
-    expected = gradients(reference, total / count)
-    llm = fields.get("llm", "mistral")
-    for implementation in [None] if llm in EAGER_ONLY else [None, "sdpa", "eager"]:
-        model = tiny_alignment(attn_implementation=implementation, **fields)
-        chosen = model.model.llm.config._attn_implementation
-        assert chosen == (implementation or ("eager" if llm in EAGER_ONLY else "packed"))
-        output = model(**collate(rows))
-        assert output.logits is None
-        assert_same(output.loss, total / count)
-        assert_same_gradients(gradients(model, output.loss), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -547,155 +399,6 @@ def test_research_code(tmp_path, name, implementation):
         gradient = parameters[GOLDEN_GRADIENTS[prefix] + name.removeprefix(prefix)].grad
         scale = golden[key].abs().max().item()
         torch.testing.assert_close(gradient, golden[key], rtol=1e-4, atol=1e-4 * scale + 1e-7, msg=key)
-
-
-class TestFolders:
-    def test_from_composed_to_embedding_and_on(self, tiny_repository, tmp_path, sentences):
-        model = LusiferForAlignment.from_pretrained(tiny_repository)
-        composed = load_file(tiny_repository / "model.safetensors")
-        assert_same(model.lm_head.weight, composed["lm_head.weight"], tolerance=0)
-        expected = LusiferModel.from_pretrained(tiny_repository).encode(sentences[:5])
-        assert_same(model.model.encode(sentences[:5]), expected)
-        with torch.no_grad():
-            model.model.connector.mlp.linear_2.bias.add_(1)
-        model.to_embedding_model().save_pretrained(tmp_path / "aligned")
-        assert {path.name for path in (tmp_path / "aligned").iterdir()} == {
-            path.name for path in tiny_repository.iterdir()
-        }
-        aligned = load_file(tmp_path / "aligned" / "model.safetensors")
-        assert aligned.keys() == composed.keys()
-        changed = {name for name in composed if not torch.equal(aligned[name], composed[name])}
-        assert changed == {"connector.mlp.linear_2.bias"}
-        embedder = LusiferModel.from_pretrained(tmp_path / "aligned")
-        assert_same(embedder.encode(sentences[:5]), model.model.encode(sentences[:5]))
-        assert abs(embedder.encode(sentences[:5]) - expected).max() > 1e-3
-        again = LusiferForAlignment.from_pretrained(tmp_path / "aligned")
-        assert_same(again.lm_head.weight, composed["lm_head.weight"], tolerance=0)
-        embedder.save_pretrained(tmp_path / "finished")
-        with pytest.raises(ValueError, match=r"holds no LM head that fits the LLM.*lusifer-hf compose"):
-            LusiferForAlignment.from_pretrained(tmp_path / "finished")
-
-    def test_a_checkpoint_loads_as_both(self, tiny_repository, tmp_path):
-        model = LusiferForAlignment.from_pretrained(tiny_repository, alignment_attention="prefix_lm")
-        model.save_pretrained(tmp_path)
-        for name, tensor in LusiferForAlignment.from_pretrained(tmp_path).state_dict().items():
-            assert_same(tensor, model.state_dict()[name], tolerance=0)
-        embedder = LusiferModel.from_pretrained(tmp_path)
-        assert embedder.config.alignment_attention == "prefix_lm"
-        for name, tensor in embedder.state_dict().items():
-            assert_same(tensor, model.model.state_dict()[name], tolerance=0)
-
-    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-    @pytest.mark.parametrize("llm", ["qwen2", "gemma2", "phi"])
-    def test_from_backbones(self, tmp_path, llm, tied):
-        """Tied in the LLM or not, the head is a copy of its own, with the bias it has; in memory and from a folder."""
-        folders = save_backbone(tmp_path / "encoder", "xlm-roberta"), tmp_path / "llm"
-        save_backbone(folders[1], llm, tie_word_embeddings=tied, bos_token_id=BOS)
-        composed = LusiferModel.from_backbones(*map(str, folders))
-        widen(composed.connector)
-        composed.save_pretrained(tmp_path / "composed")
-        model = LusiferForAlignment.from_embedding_model(composed)
-        assert model.model is composed and not model.training
-        loaded = LusiferForAlignment.from_pretrained(tmp_path / "composed")
-        head = AutoModelForCausalLM.from_pretrained(folders[1]).get_output_embeddings()
-        for alignment in (model, loaded):
-            assert_same(alignment.lm_head.weight, head.weight, tolerance=0)
-            assert (alignment.lm_head.bias is None) == (head.bias is None)
-            if head.bias is not None:
-                assert_same(alignment.lm_head.bias, head.bias, tolerance=0)
-            assert alignment.lm_head.weight is not alignment.model.llm.get_input_embeddings().weight
-        rows = make_rows()
-        assert_same(model(**collate(rows)).loss, loaded(**collate(rows)).loss)
-        reference = LusiferForAlignment.from_pretrained(tmp_path / "composed", attn_implementation="eager")
-        total, count = stock_loss(reference, rows)
-        assert_same(model(**collate(rows)).loss, total / count)
-
-    def test_no_head_in_memory(self, tiny_repository):
-        with pytest.raises(ValueError, match=r"holds no LM head: compose it with LusiferModel\.from_backbones"):
-            LusiferForAlignment.from_embedding_model(LusiferModel.from_pretrained(tiny_repository))
-
-    @pytest.fixture
-    def saved_with(self, tiny_repository, tmp_path):
-        """The composed folder with other weights."""
-
-        def save(**changes) -> Path:
-            model = LusiferForAlignment.from_pretrained(tiny_repository)
-            model.to_embedding_model().save_pretrained(tmp_path)
-            weights = {**load_file(tmp_path / "model.safetensors"), **changes}
-            weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
-            save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-            return tmp_path
-
-        return save
-
-    @pytest.mark.parametrize("head", [None, torch.ones(3, 4)], ids=["missing", "mismatched"])
-    def test_a_head_that_would_be_random(self, saved_with, head):
-        """Whatever is allowed."""
-        folder = saved_with(**{"lm_head.weight": head})
-        with pytest.raises(ValueError, match="holds no LM head that fits the LLM"):
-            LusiferForAlignment.from_pretrained(folder, ignore_mismatched_sizes=True)
-
-    def test_other_weights_that_may_be_random(self, saved_with):
-        folder = saved_with(**{"projection.linear_2.bias": torch.ones(4)})
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-            LusiferForAlignment.from_pretrained(folder)
-        LusiferForAlignment.from_pretrained(folder, ignore_mismatched_sizes=True)
-
-    def test_weights_that_do_not_fit(self, tiny_repository, tmp_path):
-        model = LusiferForAlignment.from_pretrained(tiny_repository)
-        weights = {name: tensor for name, tensor in model.state_dict().items() if "connector" not in name}
-        model.save_pretrained(tmp_path, state_dict=weights)
-        with pytest.raises(ValueError, match=r"do not fit its config\.json.*missing_keys: model\.connector"):
-            LusiferForAlignment.from_pretrained(tmp_path)
-
-    @pytest.mark.parametrize(
-        ("model_class", "check"), [(LusiferModel, "check_bidirectional"), (LusiferForAlignment, "check_lm_head")]
-    )
-    def test_checks_on_loading(self, tiny_repository, monkeypatch, model_class, check):
-        def refuse(self):
-            raise ValueError("not this LLM")
-
-        composed = LusiferForAlignment.from_pretrained(tiny_repository).to_embedding_model()
-        monkeypatch.setattr(model_class, check, refuse)
-        with pytest.raises(ValueError, match="not this LLM"):
-            LusiferForAlignment.from_pretrained(tiny_repository)
-        if check == "check_lm_head":  # the other one is of whoever made the embedding model
-            with pytest.raises(ValueError, match="not this LLM"):
-                LusiferForAlignment.from_embedding_model(composed)
-
-    def test_tokenizers_come_along(self, tiny_repository):
-        model = LusiferForAlignment.from_pretrained(tiny_repository).model
-        assert model.tokenizer("a text")["input_ids"]
-        assert model.llm_tokenizer_source["subfolder"] == "llm_tokenizer"
-
-    @pytest.mark.parametrize(("name", "value"), [("scale", 2.0), ("softcap", 3.0)])
-    @pytest.mark.parametrize("llm", ["mistral", "gemma2", "granite"])
-    def test_logits_made_otherwise_are_refused(self, llm, name, value):
-        model = tiny_alignment(llm)
-        model.check_lm_head()
-        setattr(model.lm_head, name, value)
-        with pytest.raises(
-            ValueError, match="ForCausalLM makes its logits in a way that the alignment stage does not"
-        ):
-            model.check_lm_head()
-
-    def test_a_head_of_several_layers_is_refused(self):
-        with pytest.raises(ValueError, match=r"needs an LM head of one linear layer.*bert"):
-            modeling_alignment.LMHead(LusiferConfig(llm_config=backbone_config("bert", is_decoder=True)))
-
-    def test_resizing_leaves_the_head(self):
-        model = tiny_alignment()
-        shape = model.lm_head.weight.shape
-        model.resize_token_embeddings(VOCABULARY + 8)
-        assert model.get_input_embeddings().num_embeddings == VOCABULARY + 8
-        assert model.lm_head.weight.shape == shape == (VOCABULARY, 48)
-
-
-@pytest.mark.parametrize("value", ["causal", "", None])
-def test_config_field(value):
-    assert LusiferConfig().alignment_attention == "bidirectional"
-    with pytest.raises(ValueError, match=r"alignment_attention=.* is not one of 'bidirectional', 'prefix_lm'"):
-        LusiferConfig(alignment_attention=value)
 
 
 class TestTraining:
